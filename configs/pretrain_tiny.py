@@ -1,0 +1,31 @@
+"""Pre-trains the parts of the tiny base, one after the other, from nothing but training emoji and rendered words.
+
+bash launch/pretrain_tiny.sh                                                              all three; the cost stands there
+python -m deepgen_jax.train --config configs/pretrain_tiny.py:vae --workdir runs/pretrain/vae
+python -m deepgen_jax.train --config configs/pretrain_tiny.py:vlm --workdir runs/pretrain/vlm
+python -m deepgen_jax.train --config configs/pretrain_tiny.py:dit --workdir runs/pretrain/dit     reads the VAE from `output`
+"""
+
+from configs import common
+
+
+def get_config(part: str):
+  c = common.get_config()
+  c.stage = f"pretrain_{part}"
+  c.output = "runs/pretrain/model"  # the model directory that the three parts fill
+  c.checkpoint.every, c.eval.every, c.log.every = 500, 1000, 50
+  c.optim.weight_decay = 0.01
+  if part == "vae":
+    c.kl_weight = 3e-4
+    c.steps, c.data.batch_size = 2500, 16
+    c.optim.lr, c.optim.ema = 1.5e-3, 0.99
+  elif part == "vlm":
+    c.steps, c.data.batch_size = 4000, 64
+    c.optim.lr = 2e-3
+  elif part == "dit":
+    c.steps, c.data.batch_size = 20000, 32
+    c.data.pattern = ("edit", "generate", "generate")
+    c.optim.lr, c.optim.ema = 1e-3, 0.999
+  else:
+    raise ValueError(f"part {part!r} must be vae, vlm or dit")
+  return c

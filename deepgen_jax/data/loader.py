@@ -1,0 +1,206 @@
+"""Micro-batches as a pure function of (seed, m): tasks in a fixed pattern, sources mixed by weight, prefetched by Grain.
+
+Per task, Grain runs: source -> shuffle, anew each epoch -> repeat -> mix by weight -> prepare one sample. The position in that
+stream is the sample's id: every draw (wording, caption dropout) follows from seed and id, whatever the batch or the host.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from deepgen_jax.data import prompts
+from deepgen_jax.data.composition import text_hash
+from deepgen_jax.data.images import fix_pixels, reference_sizes
+from deepgen_jax.data.prompts import Prompt
+from deepgen_jax.data.sources import BadSample, Guarded, Sample, Source, total_bad
+from deepgen_jax.errors import UserError
+
+TASKS = ("generate", "edit")
+ID_RANGE = 2**31  # ids of "generate" start at 0, of "edit" here: uint32, disjoint; a stream wraps after 2^31 samples
+
+
+@dataclass(frozen=True)
+class DataSpec:
+  """How samples become micro-batches. Sizes are global: all hosts together."""
+
+  pattern: tuple[str, ...] = ("edit", "generate", "generate", "generate")  # tasks of successive micro-batches, repeated
+  batch_size: int = 4
+  image_size: int = 512  # each image gets about image_size^2 pixels (images.fix_pixels)
+  num_think_tokens: int = 128
+  text_buckets: tuple[int, ...] = prompts.TEXT_BUCKETS
+  caption_dropout: float = 0.1  # generation only
+  seed: int = 0
+  max_bad_share: float = 0.1
+  threads: int = 2
+  prefetch: int = 4  # micro-batches read ahead
+
+
+@dataclass(frozen=True)
+class Example:
+  """One sample, ready to be put in a batch."""
+
+  sample_id: int
+  text: str  # after dropout
+  prompt: Prompt
+  target: np.ndarray
+  references: tuple[np.ndarray, ...]
+
+
+def prepare(sample: Sample, sample_id: int, spec: DataSpec, tokenizer, train: bool = True) -> Example:
+  """Sizes the images and tokenizes the prompt. With `train`, wording and caption dropout are drawn from seed and id."""
+  target = fix_pixels(sample.target, spec.image_size)
+  references = tuple(fix_pixels(image, spec.image_size) for image in sample.references)
+  sizes = reference_sizes(references)
+  text = sample.texts[0]
+  if train:
+    text = sample.texts[int(_uniform(spec.seed, sample_id, "wording") * len(sample.texts))]
+    if sample.task == "generate" and _uniform(spec.seed, sample_id, "dropout") < spec.caption_dropout:
+      text = ""
+  room = min(prompts.MAX_TOKENS, max(spec.text_buckets) - sum(prompts.image_tokens(*size) for size in sizes))
+  prompt = prompts.tokenize(tokenizer, sample.task, text, sizes, max_tokens=room, warn=False)
+  if len(prompt.ids) > max(spec.text_buckets):
+    raise UserError(
+      f"the largest text bucket ({max(spec.text_buckets)}) can't hold the template and image tokens of a sample "
+      f"({len(prompt.ids)}): add a larger one to text_buckets"
+    )
+  return Example(sample_id, text, prompt, target, references)
+
+
+def assemble(task: str, examples: Sequence[Example], spec: DataSpec, buckets: Sequence[int] | None = None) -> dict:
+  """Examples of one task -> the micro-batch dict of the data contract (numpy, host side)."""
+  return {
+    "task": task,
+    "sample_id": np.array([e.sample_id for e in examples], np.uint32),
+    "texts": [e.text for e in examples],
+    **prompts.collate([e.prompt for e in examples], spec.num_think_tokens, buckets or spec.text_buckets),
+    "target": [e.target for e in examples],
+    "references": [list(e.references) for e in examples],
+  }
+
+
+def host_batch(samples: Sequence[Sample], sample_ids: Sequence[int], spec: DataSpec, tokenizer) -> dict:
+  """A micro-batch of given samples of one task, without any random draw: for evaluation on fixed samples."""
+  examples = [prepare(sample, int(i), spec, tokenizer, train=False) for sample, i in zip(samples, sample_ids)]
+  return assemble(samples[0].task, examples, spec)
+
+
+class MicroBatches:
+  """The training stream of one host. `batch(m)` is random access; `iterate(start)` reads ahead in threads."""
+
+  def __init__(
+    self,
+    spec: DataSpec,
+    sources: Mapping[str, Sequence[tuple[Source, float]]],
+    tokenizer,
+    process_index: int = 0,
+    process_count: int = 1,
+  ):
+    """sources: task -> [(source, weight)]. Sample ids and their order don't depend on the number of hosts.
+
+    With several hosts the text bucket is always the largest, since a host doesn't see the others' texts.
+    Raises UserError for an unknown task, a task without sources, or a batch that hosts can't share evenly.
+    """
+    self.spec, self.tokenizer = spec, tokenizer
+    if spec.batch_size < 1 or spec.batch_size % process_count:
+      raise UserError(f"micro-batch size {spec.batch_size}: it must be a positive multiple of the {process_count} hosts")
+    for task in spec.pattern:
+      if task not in TASKS:
+        raise UserError(f"unknown task {task!r} in the task pattern; use {' or '.join(TASKS)}")
+      if not sources.get(task):
+        raise UserError(f"the task pattern has {task!r}, but no data source is given for it")
+    local = spec.batch_size // process_count
+    self._rows = range(process_index * local, (process_index + 1) * local)
+    self._buckets = spec.text_buckets if process_count == 1 else (max(spec.text_buckets),)
+    self._guarded: list[Guarded] = []
+    self._streams = {task: self._stream(task, sources[task]) for task in sorted(set(spec.pattern))}
+    self._warned = False
+
+  def _stream(self, task: str, sources: Sequence[tuple[Source, float]]) -> grain.MapDataset:
+    streams, weights = [], []
+    for number, (source, weight) in enumerate(sources):
+      if source.task != task:
+        raise UserError(f"data source {source.name!r} holds samples of task {source.task!r}, not {task!r}")
+      if weight <= 0:
+        continue
+      guarded = Guarded(source, self.spec.max_bad_share)
+      self._guarded.append(guarded)
+      seed = int(_uniform(self.spec.seed, number, f"shuffle {task}") * 2**32)
+      streams.append(grain.MapDataset.source(guarded).shuffle(seed=seed).repeat())
+      weights.append(weight)
+    if not streams:
+      raise UserError(f"every data source of task {task!r} has weight 0")
+    mixed = grain.MapDataset.mix(streams, weights) if len(streams) > 1 else streams[0]
+    base = TASKS.index(task) * ID_RANGE
+    return mixed.map_with_index(lambda place, sample: self._prepare(sample, base + place % ID_RANGE))
+
+  def _prepare(self, sample: Sample, sample_id: int) -> Example:
+    example = prepare(sample, sample_id, self.spec, self.tokenizer)
+    if example.prompt.dropped and not self._warned:
+      self._warned = True
+      warnings.warn(f"texts longer than their bucket are cut at the end; the first: {example.text[:60]!r}...", stacklevel=2)
+    return example
+
+  def task(self, m: int) -> str:
+    """Task of the m-th micro-batch."""
+    return self.spec.pattern[m % len(self.spec.pattern)]
+
+  def batch(self, m: int) -> dict:
+    """This host's part of the m-th micro-batch: a pure function of the spec, the sources and m."""
+    pattern, task = self.spec.pattern, self.task(m)
+    rounds, place = divmod(m, len(pattern))
+    earlier = rounds * pattern.count(task) + pattern[:place].count(task)  # micro-batches of this task before this one
+    examples = [self._streams[task][earlier * self.spec.batch_size + row] for row in self._rows]
+    return assemble(task, examples, self.spec, self._buckets)
+
+  def iterate(self, start: int = 0) -> MicroBatchIterator:
+    """Iterates from the start-th micro-batch on, without end."""
+    return MicroBatchIterator(self, start)
+
+  def bad_samples(self) -> list[BadSample]:
+    """Every broken sample replaced so far on this host (reading ahead included), once each."""
+    return total_bad(self._guarded)
+
+
+class MicroBatchIterator:
+  """Reads micro-batches ahead in Grain's threads. Its whole state is `consumed`: resume with `iterate(consumed)`."""
+
+  def __init__(self, batches: MicroBatches, start: int = 0):
+    self.consumed = start
+    ahead = grain.ReadOptions(num_threads=batches.spec.threads, prefetch_buffer_size=batches.spec.prefetch)
+    self._iterator = iter(grain.MapDataset.source(_Batches(batches, start)).to_iter_dataset(ahead))
+
+  def __iter__(self) -> MicroBatchIterator:
+    return self
+
+  def __next__(self) -> dict:
+    batch = next(self._iterator)
+    self.consumed += 1
+    return batch
+
+  def close(self) -> None:
+    """Stops reading ahead."""
+    self._iterator.close()
+
+
+class _Batches:
+  """The micro-batches from `start` on as a Grain source."""
+
+  def __init__(self, batches: MicroBatches, start: int):
+    self.batches, self.start = batches, start
+
+  def __len__(self) -> int:
+    return sys.maxsize - self.start
+
+  def __getitem__(self, index: int) -> dict:
+    return self.batches.batch(self.start + index)
+
+
+def _uniform(seed: int, sample_id: int, purpose: str) -> float:
+  """The draw in [0, 1) of this seed, sample and purpose."""
+  return text_hash(f"{seed} {sample_id} {purpose}")

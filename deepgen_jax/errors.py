@@ -1,0 +1,26 @@
+"""The one exception for what a user can get wrong, and the wrapper that turns it into exit code 2."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Callable, Iterable
+
+
+class UserError(ValueError):
+  """Something the user can mend. The message says what is wrong, where (file, key, line) and what to do."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """' Did you mean X?' for the nearest of `known`, or ''."""
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def run_command(main: Callable[[], int | None]) -> None:
+  """Runs a command's main: UserError prints its message and exits with 2; anything else is a failure while running (1)."""
+  try:
+    sys.exit(main() or 0)
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

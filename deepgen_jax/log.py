@@ -1,0 +1,99 @@
+"""What a person sees of a run: progress bar or plain lines, metrics.jsonl, TensorBoard scalars and pictures.
+
+Rows belong to updates. On resume, what lies past the restored step is removed: metrics.jsonl is cut, and TensorBoard starts a new
+event file at every checkpoint, so that later files can be deleted whole.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import numpy as np
+from etils import epath
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Log:
+  """write(step, scalars), images(step, name, array); `checkpointed(step)` after each save."""
+
+  def __init__(self, workdir: epath.Path, steps: int, start: int, every: int, images_per_step: int):
+    self._workdir, self._steps, self._every, self._images_per_step = workdir, steps, every, images_per_step
+    self._tensorboard = workdir / "tensorboard"
+    self._cut(start)
+    self._jsonl = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115  open for the life of the run
+    self._writer = self._event_file(start)
+    self._bar = tqdm(total=steps, initial=start, unit="update", smoothing=0.05) if sys.stderr.isatty() else None
+    self._clock, self._clock_step = time.monotonic(), start
+
+  def write(self, step: int, scalars: dict[str, float], force: bool = False) -> None:
+    """One row for update `step`; written every `log.every` updates and at the end."""
+    if self._bar:
+      self._bar.update(step - self._bar.n)
+      self._bar.set_postfix(loss=f"{scalars.get('loss', float('nan')):.4f}", refresh=False)
+    if not force and step % self._every and step != self._steps:
+      return
+    now = time.monotonic()
+    if step > self._clock_step:
+      seconds = (now - self._clock) / (step - self._clock_step)
+      scalars = scalars | {"seconds_per_update": seconds, "images_per_second": self._images_per_step / seconds}
+      self._clock, self._clock_step = now, step
+      if not self._bar:
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._steps - step)))
+        rate = scalars["images_per_second"]
+        print(f"update {step}/{self._steps}  loss {scalars.get('loss', 0):.4f}  {rate:.1f} images/s  {left} left", flush=True)
+    self.record(step, scalars)
+
+  def record(self, step: int, scalars: dict[str, float]) -> None:
+    """One row, at once and without the speed."""
+    self._jsonl.write(json.dumps({"step": step} | {k: float(v) for k, v in scalars.items()}) + "\n")
+    self._jsonl.flush()
+    for name, value in scalars.items():
+      self._writer.add_scalar(name, float(value), step)
+
+  def image(self, step: int, name: str, picture: np.ndarray) -> None:
+    """picture uint8 [H,W,3], to TensorBoard and as samples/NAME_STEP.png."""
+    self._writer.add_image(name, picture, step, dataformats="HWC")
+    folder = self._workdir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{name}_{step:07d}.png").open("wb") as file:
+      Image.fromarray(picture).save(file, format="png")
+
+  def say(self, text: str) -> None:
+    """A line for people, above the bar."""
+    (self._bar.write if self._bar else print)(text)
+
+  def checkpointed(self, step: int) -> None:
+    self._writer.close()
+    self._writer = self._event_file(step)
+
+  def close(self) -> None:
+    if self._bar:
+      self._bar.close()
+    self._writer.close()
+    self._jsonl.close()
+
+  def _event_file(self, step: int) -> SummaryWriter:
+    return SummaryWriter(str(self._tensorboard), filename_suffix=f".from{step}", flush_secs=30)
+
+  def _cut(self, start: int) -> None:
+    """Removes every row past update `start`."""
+    file = self._workdir / "metrics.jsonl"
+    if file.exists():
+      kept = [line for line in file.read_text().splitlines() if _step_of(line) <= start]
+      file.write_text("".join(line + "\n" for line in kept))
+    if self._tensorboard.exists():
+      for events in self._tensorboard.iterdir():
+        if int(events.name.rpartition(".from")[2] or 0) >= start:
+          events.unlink()
+
+
+def _step_of(line: str) -> float:
+  """The row's update; a line that a crash cut short counts as past any restored step."""
+  try:
+    return json.loads(line)["step"]
+  except (json.JSONDecodeError, KeyError):
+    return float("inf")

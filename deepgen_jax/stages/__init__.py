@@ -1,0 +1,20 @@
+"""The stages of training: `build(config, mesh)` gives the loop what it needs."""
+
+from __future__ import annotations
+
+from deepgen_jax.errors import UserError, nearest
+from deepgen_jax.stages.stage import Report, Stage
+
+__all__ = ["Report", "Stage", "build"]
+
+
+def build(config, mesh) -> Stage:
+  """The stage that `config.stage` names."""
+  from deepgen_jax.stages import pretrain
+
+  builders = {
+    "pretrain_vae": pretrain.build_vae,
+  }
+  if config.stage not in builders:
+    raise UserError(f"config.stage {config.stage!r} is unknown.{nearest(config.stage, builders)}")
+  return builders[config.stage](config, mesh)

@@ -1,0 +1,173 @@
+"""Trains any stage: `python -m deepgen_jax.train --config configs/align.py:tiny --workdir runs/align [--config.KEY=VALUE ...]`.
+
+The same command resumes. One loop for all stages; what differs between them is in `deepgen_jax/stages`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+
+import jax
+import numpy as np
+from etils import epath
+
+from deepgen_jax import checkpoint, sharding, stages
+from deepgen_jax.config import load_config, to_json
+from deepgen_jax.errors import UserError, nearest, run_command
+from deepgen_jax.log import Log
+from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
+
+
+def train(config, workdir: epath.Path) -> None:
+  """Runs or resumes a training until `config.steps` updates. Restore order: the workdir's newest checkpoint, else config.init."""
+  config_json = to_json(config)
+  checkpoint.check_config(workdir, config_json)
+  mesh = sharding.make_mesh(config.mesh.to_dict())
+  stage = stages.build(config, mesh)
+  accumulate = len(config.data.pattern)
+  workdir.mkdir(parents=True, exist_ok=True)
+  held = checkpoint.lock(workdir)
+  (workdir / "config.json").write_text(config_json)
+
+  trainable, frozen = sharding.partition(stage.init(), config.trainable)
+  trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
+  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
+  optimizer, schedule = make_optimizer(config.optim, config.steps)
+  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0)
+  state_shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
+  ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
+  if ckpt.latest() is None:
+    state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
+  else:
+    state, data_state = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
+  del trainable
+
+  step = make_train_step(
+    stage.loss, optimizer, schedule, accumulate=accumulate, clip=config.optim.clip, ema_decay=config.optim.ema
+  )
+  step = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
+  rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
+  put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
+
+  done = int(state.step)
+  log = Log(workdir, config.steps, done, config.log.every, accumulate * config.data.batch_size)
+  samples = stage.batches.iterate(data_state["micro_batches"])
+  stop = _stop_on_signal()
+  pending = None  # (update, metrics on the device): fetched one update late, so that the device never waits for the host
+  listed = 0
+  try:
+    # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
+    # weights of the update that its row names. Metrics are read after the next update has been dispatched.
+    while done < config.steps and not stop:
+      if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
+        log.checkpointed(done)
+      for _ in range(accumulate):
+        for batch in stage.prepare(sharding.merge(state.params, frozen), next(samples)):
+          state, metrics = step(state, frozen, put(batch), rng)
+      done += 1
+      if pending:
+        log.write(*_fetch(pending, config.max_nonfinite))
+      pending = (done, metrics)
+      listed = _list_bad_samples(workdir, stage.batches.bad_samples(), listed)
+      if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
+        _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
+    if pending:
+      log.write(*_fetch(pending, config.max_nonfinite), force=True)
+    if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}, force=True):
+      log.checkpointed(done)
+    if done >= config.steps:
+      stage.finish(sharding.merge(_weights(state), frozen))
+    else:
+      log.say(f"stopped at update {done}; the same command goes on from here")
+  finally:
+    samples.close()
+    ckpt.close()
+    log.close()
+    if held:
+      held.close()
+
+
+def _weights(state):
+  """EMA weights where they are kept."""
+  return state.params if state.ema is None else state.ema
+
+
+def _fetch(pending, max_nonfinite: int) -> tuple[int, dict[str, float]]:
+  """(update, metrics as floats); stops the run when too many updates in a row weren't finite."""
+  step, metrics = pending
+  metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  if metrics["skipped_in_row"] >= max_nonfinite:
+    raise UserError(
+      f"updates {step - max_nonfinite + 1} to {step} had a loss or gradient that isn't finite and changed no weight; "
+      "stopped. Lower config.optim.lr or look at the data of these updates."
+    )
+  return step, metrics
+
+
+def _report(log: Log, step: int, report) -> None:
+  if report.scalars:
+    log.record(step, {f"eval/{name}": value for name, value in report.scalars.items()})
+    log.say(f"update {step}  " + "  ".join(f"{name} {value:.4f}" for name, value in report.scalars.items()))
+  for name, picture in report.images.items():
+    log.image(step, name, picture)
+
+
+def _list_bad_samples(workdir: epath.Path, bad: list, listed: int) -> int:
+  """Keeps bad_samples.jsonl complete; returns how many it lists."""
+  if len(bad) > listed:
+    rows = [json.dumps({"source": b.source, "index": b.index, "reason": b.reason}) + "\n" for b in bad]
+    (workdir / "bad_samples.jsonl").write_text("".join(rows))
+  return len(bad)
+
+
+def _stop_on_signal() -> list:
+  """An empty list that SIGTERM or the first Ctrl-C fills: the loop then saves and ends."""
+  stop: list = []
+
+  def handler(number, frame):
+    stop.append(number)
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process
+
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, handler)
+  return stop
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+  """-> (arguments, config overrides without their "--config." prefix); raises UserError for anything unknown."""
+  parser = argparse.ArgumentParser(
+    prog="python -m deepgen_jax.train",
+    description="Trains a stage; the same command resumes.",
+    epilog="example: python -m deepgen_jax.train --config configs/align.py:tiny --workdir runs/align --config.steps=200",
+    allow_abbrev=False,
+  )
+  parser.add_argument("--config", required=True, metavar="FILE.py:SIZE", help="config file and its argument")
+  parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and samples go here; local or gs://")
+  parser.add_argument("--config.KEY", metavar="VALUE", help="overrides a key of the config, e.g. --config.optim.lr=1e-4")
+  overrides, rest, expects_value = [], [], False
+  for word in argv:
+    if expects_value:
+      overrides[-1] += f"={word}"
+      expects_value = False
+    elif word.startswith("--config."):
+      overrides.append(word.removeprefix("--config."))
+      expects_value = "=" not in word
+    else:
+      rest.append(word)
+  arguments, unknown = parser.parse_known_args(rest)
+  if unknown:
+    raise UserError(f"unknown option {unknown[0]!r}.{nearest(unknown[0], ['--config', '--workdir', '--help'])}")
+  return arguments, overrides
+
+
+def main() -> None:
+  arguments, overrides = parse_arguments(sys.argv[1:])
+  config = load_config(arguments.config, overrides)
+  train(config, epath.Path(arguments.workdir))
+
+
+if __name__ == "__main__":
+  run_command(main)

@@ -1,0 +1,240 @@
+"""The MMDiT against diffusers' SD3Transformer2DModel; with references, against an oracle composed of its blocks.
+
+The oracle takes one sample without padding: each latent is embedded with its own centre crop of the position table, references
+follow the target in the sequence, and the target's tokens are what comes out.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+from deepgen_jax.errors import UserError  # noqa: E402
+from deepgen_jax.models.config import DiTConfig  # noqa: E402
+from deepgen_jax.models.dit import DiT, crop_positions, patchify, unpatchify  # noqa: E402
+from deepgen_jax.weights.names import dit_table  # noqa: E402
+from deepgen_jax.weights.torch_format import from_torch, to_torch  # noqa: E402
+from tests.models import oracle  # noqa: E402
+
+CONFIG = DiTConfig(
+  in_channels=4,
+  num_layers=4,
+  num_heads=2,
+  head_dim=8,
+  context_size=24,
+  pooled_size=12,
+  dual_attention_layers=(0, 1),
+  pos_embed_max_size=12,
+  sample_size=8,
+)
+MODEL, TABLE = DiT(CONFIG), dit_table(CONFIG)
+TARGETS = [(6, 10), (8, 8), (4, 14)]  # latents; 3x5, 4x4 and 2x7 patches
+REFERENCES = [[(6, 10)], [(10, 2), (4, 6)], []]
+CONTEXTS = [7, 3, 5]
+BUDGET, REFERENCE_BUDGET = 18, 16  # tokens
+
+
+@pytest.fixture(scope="module")
+def model():
+  size = CONFIG.hidden_size
+  return oracle.randomise(
+    diffusers.SD3Transformer2DModel(
+      sample_size=CONFIG.sample_size,
+      patch_size=CONFIG.patch_size,
+      in_channels=CONFIG.in_channels,
+      out_channels=CONFIG.in_channels,
+      num_layers=CONFIG.num_layers,
+      attention_head_dim=CONFIG.head_dim,
+      num_attention_heads=CONFIG.num_heads,
+      joint_attention_dim=CONFIG.context_size,
+      caption_projection_dim=size,
+      pooled_projection_dim=CONFIG.pooled_size,
+      pos_embed_max_size=CONFIG.pos_embed_max_size,
+      dual_attention_layers=CONFIG.dual_attention_layers,
+      qk_norm="rms_norm",
+    )
+  )
+
+
+@pytest.fixture(scope="module")
+def params(model):
+  tokens, position = jnp.zeros((1, 4, CONFIG.patch_dim)), jnp.zeros((1, 4, 2), int)
+  context, pooled, mask = jnp.zeros((1, 3, CONFIG.context_size)), jnp.zeros((1, CONFIG.pooled_size)), jnp.ones((1, 4), bool)
+  abstract = oracle.abstract_init(MODEL, tokens, jnp.zeros(1), context, mask[:, :3], pooled, position, mask)
+  return from_torch(TABLE, oracle.numpy_state(model), abstract)
+
+
+@pytest.fixture(scope="module")
+def samples():
+  """Per sample, without padding: target and reference latents [h,w,c], context [L,D], pooled [P], timestep."""
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return [
+    dict(
+      target=draw(*target, 4),
+      references=[draw(*size, 4) for size in references],
+      context=draw(length, CONFIG.context_size),
+      pooled=draw(CONFIG.pooled_size),
+      timestep=np.float32(timestep),
+    )
+    for target, references, length, timestep in zip(TARGETS, REFERENCES, CONTEXTS, (1000, 371.25, 8.9))
+  ]
+
+
+def pad(rows, length, garbage):
+  """[n, ...] -> [length, ...] and its mask."""
+  out = np.full((length, *rows.shape[1:]), garbage, rows.dtype)
+  out[: len(rows)] = rows
+  return out, np.arange(length) < len(rows)
+
+
+def positions_of(latents):
+  return crop_positions(latents.shape[0] // 2, latents.shape[1] // 2, CONFIG)
+
+
+def collate(samples, garbage=3.0):
+  """Padded to the budgets, with garbage in every pad."""
+  rows = []
+  for s in samples:
+    tokens, mask = pad(patchify(s["target"]), BUDGET, garbage)
+    positions, _ = pad(positions_of(s["target"]), BUDGET, 0)
+    references = [np.zeros((0, CONFIG.patch_dim), np.float32), *map(patchify, s["references"])]
+    reference_positions = [np.zeros((0, 2), np.int32), *map(positions_of, s["references"])]
+    reference_tokens, reference_mask = pad(np.concatenate(references), REFERENCE_BUDGET, garbage)
+    reference_positions, _ = pad(np.concatenate(reference_positions), REFERENCE_BUDGET, 0)
+    context, context_mask = pad(s["context"], max(CONTEXTS) + 1, garbage)
+    conditioning = (context, context_mask, s["pooled"], positions, mask)
+    rows.append((tokens, s["timestep"], *conditioning, reference_tokens, reference_positions, reference_mask))
+  return tuple(np.stack(column) for column in zip(*rows))
+
+
+apply = jax.jit(lambda params, *args: MODEL.apply({"params": params}, *args))
+
+
+def run_torch(model, target, references, context, pooled, timestep):
+  """One sample -> velocity tokens [N, patch_dim]; latents [h,w,c]."""
+  latents = [x.permute(2, 0, 1)[None] for x in (target, *references)]
+  x = torch.cat([model.pos_embed(z) for z in latents], dim=1)
+  temb = model.time_text_embed(timestep[None], pooled[None])
+  c = model.context_embedder(context[None])
+  for block in model.transformer_blocks:
+    c, x = block(hidden_states=x, encoder_hidden_states=c, temb=temb)
+  tokens = target.shape[0] * target.shape[1] // CONFIG.patch_size**2
+  return model.proj_out(model.norm_out(x[:, :tokens], temb))[0]
+
+
+def as_torch(sample, dtype=torch.float32):
+  cast = lambda x: torch.tensor(x, dtype=dtype)
+  return dict(
+    target=cast(sample["target"]),
+    references=[cast(x) for x in sample["references"]],
+    context=cast(sample["context"]),
+    pooled=cast(sample["pooled"]),
+    timestep=torch.tensor(sample["timestep"]),
+  )
+
+
+def tokens_of(sample):
+  return sample["target"].shape[0] * sample["target"].shape[1] // CONFIG.patch_size**2
+
+
+@pytest.mark.parametrize("size", TARGETS)
+def test_generation(model, params, size):
+  """The library's own forward; a batch of two."""
+  rng = np.random.default_rng(1)
+  latents = rng.normal(size=(2, *size, 4)).astype(np.float32)
+  context, pooled = rng.normal(size=(2, 5, 24)).astype(np.float32), rng.normal(size=(2, 12)).astype(np.float32)
+  timestep = np.array([996.0, 251.3], np.float32)
+  with torch.no_grad():
+    reference = model(
+      hidden_states=torch.tensor(latents).permute(0, 3, 1, 2),
+      encoder_hidden_states=torch.tensor(context),
+      pooled_projections=torch.tensor(pooled),
+      timestep=torch.tensor(timestep),
+    ).sample
+  positions = np.stack([positions_of(latents[0])] * 2)
+  mask = np.ones(positions.shape[:2], bool)
+  out = apply(params, patchify(latents), timestep, context, np.ones((2, 5), bool), pooled, positions, mask)
+  oracle.assert_close(unpatchify(out, *size), reference.permute(0, 2, 3, 1))
+
+
+def test_ragged_references(model, params, samples):
+  ours = apply(params, *collate(samples))
+  assert np.isfinite(ours).all()
+  for out, sample in zip(ours, samples):
+    with torch.no_grad():
+      reference = run_torch(model, **as_torch(sample))
+    oracle.assert_close(out[: tokens_of(sample)], reference)
+
+
+def test_references_matter(model, samples):
+  """Guards the test above: the oracle does read its references."""
+  sample = as_torch(samples[1])
+  with torch.no_grad():
+    with_them, without = run_torch(model, **sample), run_torch(model, **{**sample, "references": []})
+  assert oracle.relative_error(without, with_them) > 0.05
+
+
+def test_padding_is_invisible(params, samples):
+  ours, other = apply(params, *collate(samples)), apply(params, *collate(samples, garbage=-40.0))
+  for sample, x, y in zip(samples, ours, other):
+    assert np.array_equal(x[: tokens_of(sample)], y[: tokens_of(sample)])
+
+
+def test_gradients(model, params, samples):
+  batch = collate(samples)
+
+  def loss(params, tokens, context, pooled, references):
+    args = (tokens, batch[1], context, batch[3], pooled, *batch[5:7], references, *batch[8:])
+    return jnp.where(batch[6][..., None], jnp.sin(MODEL.apply({"params": params}, *args)), 0).sum()
+
+  model.zero_grad()
+  theirs = [as_torch(s) for s in samples]
+  for s in theirs:
+    for x in (s["target"], s["context"], s["pooled"], *s["references"]):
+      x.requires_grad_()
+    run_torch(model, **s).sin().sum().backward()
+  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(params, batch[0], batch[2], batch[4], batch[7])
+  oracle.assert_gradients_close(grads[0], oracle.torch_gradients(model, TABLE, params))
+  for i, s in enumerate(theirs):
+    flat = lambda x: patchify(x.grad.numpy())
+    oracle.assert_close(grads[1][i, : tokens_of(samples[i])], flat(s["target"]), oracle.GRADIENT)
+    oracle.assert_close(grads[2][i, : CONTEXTS[i]], s["context"].grad, oracle.GRADIENT)
+    oracle.assert_close(grads[3][i], s["pooled"].grad, oracle.GRADIENT)
+    if s["references"]:
+      expected = np.concatenate([flat(x) for x in s["references"]])
+      oracle.assert_close(grads[4][i, : len(expected)], expected, oracle.GRADIENT)
+      assert not np.any(grads[4][i, len(expected) :])  # nothing leaks from the pads
+
+
+def test_bfloat16(model, params, samples):
+  batch = [jnp.asarray(x, jnp.bfloat16) if x.ndim > 1 and x.dtype == np.float32 else x for x in collate(samples)]
+  ours = apply(params, *batch)
+  sample = samples[1]
+  run = lambda m: run_torch(m, **as_torch(sample, m.dtype))
+  with torch.no_grad():
+    reference = run(model)
+  oracle.assert_bfloat16_close(ours[1, : tokens_of(sample)], run, model, reference)
+
+
+def test_names_go_both_ways(model, params):
+  """The position table too, which is no parameter of ours."""
+  theirs, ours = oracle.numpy_state(model), to_torch(TABLE, params)
+  assert ours.keys() == theirs.keys()
+  oracle.assert_close(ours.pop("pos_embed.pos_embed"), theirs["pos_embed.pos_embed"], 1e-6)
+  assert all(np.array_equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_different_position_table_is_refused(model, params):
+  state = oracle.numpy_state(model)
+  state["pos_embed.pos_embed"] = state["pos_embed.pos_embed"][:, ::-1]
+  with pytest.raises(UserError, match=r"pos_embed\.pos_embed: differs"):
+    from_torch(TABLE, state, params)
+
+
+def test_image_beyond_the_position_table():
+  with pytest.raises(ValueError, match="larger than the position table"):
+    crop_positions(13, 4, CONFIG)
