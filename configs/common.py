@@ -3,14 +3,22 @@
 from ml_collections import ConfigDict
 
 
-def get_config() -> ConfigDict:
+def get_config(size: str = "tiny") -> ConfigDict:
+  """Defaults for a size of model, "tiny" or "full"."""
+  if size not in ("tiny", "full"):
+    raise ValueError(f"size {size!r} must be tiny or full")
+  tiny = size == "tiny"
   c = ConfigDict()
   c.seed = 0
   c.stage = "supervised"
+  c.size = size
+  c.init = "tiny" if tiny else ""  # what --model takes: a model directory, a workdir, or "tiny", the base that is shipped
   c.steps = 1000  # updates
   c.trainable = [(".*", True)]  # path regex -> trains; first match wins, no match is an error
   c.dtype = "auto"  # compute dtype: bfloat16 on TPU and GPU, float32 on CPU
+  c.unroll = tiny  # write scans over layers out: faster on CPU, slow to compile at full size
   c.max_nonfinite = 10  # updates in a row with a non-finite loss before the run stops
+  c.lora = ConfigDict({"targets": [], "rank": 64, "alpha": 128.0, "dropout": 0.05})  # targets: path regexes
   c.optim = ConfigDict(
     {
       "lr": 1e-4,
@@ -24,13 +32,20 @@ def get_config() -> ConfigDict:
   )
   c.data = ConfigDict(
     {
-      "dir": "runs/data",  # where the embedded data set is built
-      "batch_size": 4,  # samples of a micro-batch, all devices together
+      "dir": "runs/data",  # where the embedded emoji set is built
+      "folder": "",  # a folder of images with same-named .txt captions instead
+      "weights": {"emoji": 0.9, "words": 0.1, "edits": 1.0},  # sources of the embedded set; weights count inside a task
+      "batch_size": 8 if tiny else 256,  # samples of a micro-batch, all devices together
       "pattern": ("generate",),  # tasks of the micro-batches of one update
+      "text_buckets": (64, 96, 128) if tiny else (64, 128, 256, 512, 1024),
+      "caption_dropout": 0.1,
+      "token_multiple": 16 if tiny else 128,  # image tokens are padded to a multiple of this
+      "cache_images": 20_000 if tiny else 0,  # encoded images kept in memory
+      "max_bad_share": 0.01,
     }
   )
-  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1 fills
+  c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1} if tiny else {"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills
   c.checkpoint = ConfigDict({"every": 500, "keep": 2})
   c.log = ConfigDict({"every": 10})
-  c.eval = ConfigDict({"every": 500})  # 0: never
+  c.eval = ConfigDict({"every": 500, "samples": 224})  # updates (0: never), held-out samples of a task
   return c

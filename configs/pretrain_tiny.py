@@ -10,22 +10,25 @@ from configs import common
 
 
 def get_config(part: str):
-  c = common.get_config()
+  c = common.get_config("tiny")
   c.stage = f"pretrain_{part}"
   c.output = "runs/pretrain/model"  # the model directory that the three parts fill
   c.checkpoint.every, c.eval.every, c.log.every = 500, 1000, 50
   c.optim.weight_decay = 0.01
   if part == "vae":
     c.kl_weight = 3e-4
-    c.steps, c.data.batch_size = 2500, 16
+    c.steps, c.data.batch_size = 1600, 16
     c.optim.lr, c.optim.ema = 1.5e-3, 0.99
   elif part == "vlm":
-    c.steps, c.data.batch_size = 4000, 64
+    c.steps, c.data.batch_size = 700, 32
+    c.data.pattern = ("edit", "generate")
     c.optim.lr = 2e-3
   elif part == "dit":
-    c.steps, c.data.batch_size = 20000, 32
-    c.data.pattern = ("edit", "generate", "generate")
-    c.optim.lr, c.optim.ema = 1e-3, 0.999
+    c.steps, c.data.batch_size = 7000, 32
+    c.edit_share = 0.35  # of micro-batches
+    c.words_share = 0.1  # of generation
+    c.drop = 0.1  # texts left out, for guidance
+    c.optim.lr, c.optim.ema = 1.5e-3, 0.999
   else:
     raise ValueError(f"part {part!r} must be vae, vlm or dit")
   return c

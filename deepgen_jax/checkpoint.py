@@ -1,8 +1,8 @@
 """Orbax behind one file: what is saved, when, and how it comes back.
 
-A checkpoint holds three items: `state` (a flat dict path -> array), `data` (our own JSON: how many micro-batches were consumed) and nothing
-else; frozen weights are referenced by the config of the workdir. Saving is asynchronous and atomic, restoring puts every leaf straight
-into its sharding.
+A checkpoint holds three items: `state` (a flat dict path -> array), `data` (our own JSON: how many micro-batches were consumed)
+and nothing else; frozen weights are referenced by the config of the workdir. Saving is asynchronous and atomic, restoring puts
+every leaf straight into its sharding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a person sees of a run: progress bar or plain lines, metrics.jsonl, TensorBoard scalars and pictures.
 
-Rows belong to updates. On resume, what lies past the restored step is removed: metrics.jsonl is cut, and TensorBoard starts a new
-event file at every checkpoint, so that later files can be deleted whole.
+Rows belong to updates. On resume, what lies past the restored step is removed: metrics.jsonl is cut, and TensorBoard starts a
+new event file at every checkpoint, so that later files can be deleted whole.
 """
 
 from __future__ import annotations

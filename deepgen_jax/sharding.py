@@ -1,7 +1,7 @@
 """The mesh, and the one table that says how every tree is laid out on it.
 
-Axes: `data` (replicas), `fsdp` (parameters and batch), `tensor` (heads and MLP columns). A parameter takes the first row whose regex
-matches its path; optimizer moments, EMA, LoRA and gradient sums take the row of the parameter they mirror, because their
+Axes: `data` (replicas), `fsdp` (parameters and batch), `tensor` (heads and MLP columns). A parameter takes the first row whose
+regex matches its path; optimizer moments, EMA, LoRA and gradient sums take the row of the parameter they mirror, because their
 paths end alike. A dimension that an axis doesn't divide stays unsharded on that axis.
 """
 
@@ -37,7 +37,9 @@ RULES = [
 
 
 def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """Mesh over all devices; a size of -1 fills.  shape e.g. {"data": 1, "fsdp": -1, "tensor": 1}; the default is pure data parallelism."""
+  """Mesh over all devices; a size of -1 fills.  shape e.g. {"data": 1, "fsdp": -1, "tensor": 1}; the default is pure data
+  parallelism.
+  """
   devices = list(devices or jax.devices())
   sizes = {"data": -1, "fsdp": 1, "tensor": 1} | dict(shape or {})
   if unknown := set(sizes) - set(AXES):

@@ -22,7 +22,9 @@ from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 
 
 def train(config, workdir: epath.Path) -> None:
-  """Runs or resumes a training until `config.steps` updates. Restore order: the workdir's newest checkpoint, else config.init."""
+  """Runs or resumes a training until `config.steps` updates. Restore order: the workdir's newest checkpoint, else
+  config.init.
+  """
   config_json = to_json(config)
   checkpoint.check_config(workdir, config_json)
   mesh = sharding.make_mesh(config.mesh.to_dict())
@@ -145,7 +147,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     allow_abbrev=False,
   )
   parser.add_argument("--config", required=True, metavar="FILE.py:SIZE", help="config file and its argument")
-  parser.add_argument("--workdir", required=True, metavar="DIR", help="checkpoints, metrics and samples go here; local or gs://")
+  parser.add_argument(
+    "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and samples go here; local or gs://"
+  )
   parser.add_argument("--config.KEY", metavar="VALUE", help="overrides a key of the config, e.g. --config.optim.lr=1e-4")
   overrides, rest, expects_value = [], [], False
   for word in argv:

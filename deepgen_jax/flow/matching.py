@@ -1,9 +1,11 @@
 """Flow matching: noising, velocity loss, guidance and the Euler sampler. Functions of arrays, no Flax.
 
+All functions work on tokens [B,N,C] in float32:
+
     x_sigma = (1 - sigma) x_0 + sigma noise          (noised)
-    v*      = noise - x_0                             (velocity_loss)
-    v_cfg   = v_neg + g (v_pos - v_neg)               (guide)
-    x_next  = x + (sigma_next - sigma) v              (euler_sample)
+    v*      = noise - x_0                            (velocity_loss)
+    v_cfg   = v_neg + g (v_pos - v_neg)              (guide)
+    x_next  = x + (sigma_next - sigma) v             (euler_sample)
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 x_sigma = (1 - sigma) x_0 + sigma noise; sigma runs from 1 (noise) to 0 (data); the network sees timestep = 1000 sigma.
 
-* Training draws an index into the grid that the scheduler's constructor shifts once: sigma(s) = shift s / (1 + (shift - 1) s), s = k/1000.
+* Training draws an index into the grid that the scheduler's constructor shifts once:
+  sigma(s) = shift s / (1 + (shift - 1) s), s = k/1000.
 * Inference spaces its steps linearly between the ends of that shifted grid and shifts them again, as diffusers does.
 """
 

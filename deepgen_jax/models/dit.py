@@ -2,7 +2,8 @@
 
 A token is a 2x2 patch of latents, channels in the order (patch row, patch column, latent channel). A sample is
 [target tokens | reference tokens], any number of references, padded to a budget; `segments` is 0 where padded. Each image takes
-the centre crop of the position table (`crop_positions`), as in the reference: nothing but content tells target and references apart.
+the centre crop of the position table (`crop_positions`), as in the reference: nothing but content tells target and references
+apart.
 
 What doesn't depend on the timestep is done once by `prepare`; `velocity` is the part that a sampler repeats.
 """
@@ -157,9 +158,7 @@ class DiT(nn.Module):
     self.context_embed = Linear(c.hidden_size)
     self.time_fc1, self.time_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
     self.pooled_fc1, self.pooled_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
-    self.blocks = [
-      stack(Block, length, self.unroll)(c, dual=dual, last=last) for length, dual, last in block_runs(c)
-    ]
+    self.blocks = [stack(Block, length, self.unroll)(c, dual=dual, last=last) for length, dual, last in block_runs(c)]
     self.out_modulation = Linear(2 * c.hidden_size)
     self.out = Linear(c.patch_dim)
 

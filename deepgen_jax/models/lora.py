@@ -60,8 +60,8 @@ def path_name(path) -> str:
 def add_lora(params, targets: Sequence[str], rank: int, alpha: float, key: Array, rate: float = 0.0):
   """Replaces each kernel or embedding whose path matches one of the regexes by a LoraKernel that starts as a no-op.
 
-  Linear layers: a ~ N(0, 1/rank^2), b = 0 (peft's 'gaussian'). Embeddings: a = 0, b ~ N(0, 1). Raises ValueError for a regex that matches
-  nothing. Works on stacked kernels [layers, in, out].
+  Linear layers: a ~ N(0, 1/rank^2), b = 0 (peft's 'gaussian'). Embeddings: a = 0, b ~ N(0, 1). Raises ValueError for a
+  regex that matches nothing. Works on stacked kernels [layers, in, out].
   """
   used = set()
 

@@ -27,7 +27,8 @@ _INIT = nn.initializers.normal(0.02)
 def mrope(positions: Array, config: TextConfig) -> tuple[Array, Array]:
   """Multimodal rotary tables.  positions int [B,3,T] (time, row, column) -> cos, sin float32 [B,T,1,head_dim/2].
 
-  Rotary pair i turns by positions[axis(i)] * theta^(-2i/head_dim); the first mrope_section[0] pairs follow time, then row, column.
+  Rotary pair i turns by positions[axis(i)] * theta^(-2i/head_dim); the first mrope_section[0] pairs follow time, then row,
+  column.
   """
   half = config.head_dim // 2
   frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) * 2 / config.head_dim)
@@ -82,7 +83,9 @@ class DecoderLayer(nn.Module):
 
 
 class TextDecoder(nn.Module):
-  """Methods are entered through `apply(..., method=...)`; parameters of layers past the last read are used by `logits` alone."""
+  """Methods are entered through `apply(..., method=...)`; parameters of layers past the last read are used by `logits`
+  alone.
+  """
 
   config: TextConfig
   read_layers: tuple[int, ...]

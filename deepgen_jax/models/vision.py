@@ -42,10 +42,8 @@ def patchify(images: Array, config: VisionConfig) -> Array:
   x = ((x + 1) / 2 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
   merge, patch = config.merge_size, config.patch_size
   x = x.reshape(-1, rows // merge, merge, patch, columns // merge, merge, patch, 3)
-  x = jnp.expand_dims(
-    x.transpose(0, 1, 4, 2, 5, 7, 3, 6), 6
-  )  # batch, cell (2), patch of the cell (2), channel, frame, pixel (2)
-  x = jnp.broadcast_to(x, (*x.shape[:6], config.temporal_patch_size, *x.shape[7:]))
+  x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)  # batch, cell (2), patch of the cell (2), channel, pixel (2)
+  x = jnp.repeat(x[:, :, :, :, :, :, None], config.temporal_patch_size, axis=6)
   return x.reshape(x.shape[0], rows * columns, -1)
 
 

@@ -10,10 +10,13 @@ __all__ = ["Report", "Stage", "build"]
 
 def build(config, mesh) -> Stage:
   """The stage that `config.stage` names."""
-  from deepgen_jax.stages import pretrain
+  from deepgen_jax.stages import pretrain_dit, pretrain_vae, pretrain_vlm, supervised
 
   builders = {
-    "pretrain_vae": pretrain.build_vae,
+    "supervised": supervised.build,
+    "pretrain_vae": pretrain_vae.build,
+    "pretrain_vlm": pretrain_vlm.build,
+    "pretrain_dit": pretrain_dit.build,
   }
   if config.stage not in builders:
     raise UserError(f"config.stage {config.stage!r} is unknown.{nearest(config.stage, builders)}")

@@ -1,4 +1,6 @@
-"""What the loop needs to know of a stage: where samples come from, how they become a batch, how a step is taken, how it is judged."""
+"""What the loop needs to know of a stage: where samples come from, how they become a batch, how a step is taken, how it is
+judged.
+"""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A stage brings `loss(params, batch, keys) -> (per-sample loss [B], metrics)`; th
 
     train_step(state, frozen, batch, rng) -> (state, metrics)
 
-An update = `accumulate` micro-batches, each weighing the same: clip by global norm, AdamW, EMA; only then `step` rises. An update
-whose loss or gradient isn't finite changes no weight and is counted.
+An update is `accumulate` micro-batches, each weighing the same: clip by global norm, AdamW, EMA; only then `step` rises. An
+update whose loss or gradient isn't finite changes no weight and is counted.
 """
 
 from __future__ import annotations

@@ -26,7 +26,9 @@ PARTS = ("vlm", "scb", "dit", "vae")
 
 
 def save(path, config: DeepGenConfig, params: Mapping, tokenizer=None, dtype=None) -> None:
-  """Writes the parts that `params` has ({"vlm": tree, ...}, plain kernels) beside those already there; `dtype` None keeps them as they are."""
+  """Writes the parts that `params` has ({"vlm": tree, ...}, plain kernels) beside those already there; `dtype` None keeps them
+  as they are.
+  """
   folder = epath.Path(path)
   folder.mkdir(parents=True, exist_ok=True)
   for part, tree in params.items():

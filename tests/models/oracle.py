@@ -13,6 +13,8 @@ from flax.traverse_util import flatten_dict
 
 from deepgen_jax.weights.torch_format import from_torch
 
+torch.set_num_threads(1)  # inputs are tiny
+
 FORWARD, GRADIENT, BFLOAT16 = 1e-4, 1e-3, 3e-2
 
 
@@ -36,10 +38,6 @@ def numpy_state(module):
 def abstract_init(module, *args, **kwargs):
   """Shapes of a Flax module's parameters."""
   return jax.eval_shape(lambda key: module.init(key, *args, **kwargs), jax.random.key(0))["params"]
-
-
-def count(tree):
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def torch_gradients(module, table, abstract):

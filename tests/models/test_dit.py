@@ -96,7 +96,7 @@ def positions_of(latents):
 
 
 def collate(samples, garbage=3.0):
-  """Padded to the budgets, with garbage in every pad."""
+  """Padded to the budgets, with garbage in every pad; the inputs of `DiT.__call__`, the last three for references."""
   rows = []
   for s in samples:
     tokens, mask = pad(patchify(s["target"]), BUDGET, garbage)
@@ -111,7 +111,23 @@ def collate(samples, garbage=3.0):
   return tuple(np.stack(column) for column in zip(*rows))
 
 
-apply = jax.jit(lambda params, *args: MODEL.apply({"params": params}, *args))
+@jax.jit
+def apply(params, *inputs):
+  return MODEL.apply({"params": params}, *inputs)
+
+
+@jax.jit
+def apply_with_gradients(params, *inputs):
+  """Velocity, and the gradients of a loss on its valid tokens by the parameters, tokens, context, pooled and references."""
+  varied = (0, 2, 4, 7)
+
+  def loss(params, *values):
+    given = dict(zip(varied, values))
+    out = MODEL.apply({"params": params}, *(given.get(i, x) for i, x in enumerate(inputs)))
+    return jnp.where(inputs[6][..., None], jnp.sin(out), 0).sum(), out
+
+  grads, out = jax.grad(loss, argnums=range(5), has_aux=True)(params, *(inputs[i] for i in varied))
+  return out, grads
 
 
 def run_torch(model, target, references, context, pooled, timestep):
@@ -141,28 +157,24 @@ def tokens_of(sample):
   return sample["target"].shape[0] * sample["target"].shape[1] // CONFIG.patch_size**2
 
 
-@pytest.mark.parametrize("size", TARGETS)
-def test_generation(model, params, size):
-  """The library's own forward; a batch of two."""
-  rng = np.random.default_rng(1)
-  latents = rng.normal(size=(2, *size, 4)).astype(np.float32)
-  context, pooled = rng.normal(size=(2, 5, 24)).astype(np.float32), rng.normal(size=(2, 12)).astype(np.float32)
-  timestep = np.array([996.0, 251.3], np.float32)
-  with torch.no_grad():
-    reference = model(
-      hidden_states=torch.tensor(latents).permute(0, 3, 1, 2),
-      encoder_hidden_states=torch.tensor(context),
-      pooled_projections=torch.tensor(pooled),
-      timestep=torch.tensor(timestep),
-    ).sample
-  positions = np.stack([positions_of(latents[0])] * 2)
-  mask = np.ones(positions.shape[:2], bool)
-  out = apply(params, patchify(latents), timestep, context, np.ones((2, 5), bool), pooled, positions, mask)
-  oracle.assert_close(unpatchify(out, *size), reference.permute(0, 2, 3, 1))
+def test_generation(model, params, samples):
+  """Without references: the library's own forward on each sample."""
+  ours = apply(params, *collate(samples)[:7])
+  for out, sample in zip(ours, map(as_torch, samples)):
+    with torch.no_grad():
+      reference = model(
+        hidden_states=sample["target"].permute(2, 0, 1)[None],
+        encoder_hidden_states=sample["context"][None],
+        pooled_projections=sample["pooled"][None],
+        timestep=sample["timestep"][None],
+      ).sample[0]
+    height, width = sample["target"].shape[:2]
+    latents = unpatchify(out[: height * width // 4], height, width)
+    oracle.assert_close(latents, reference.permute(1, 2, 0))
 
 
 def test_ragged_references(model, params, samples):
-  ours = apply(params, *collate(samples))
+  ours, _ = apply_with_gradients(params, *collate(samples))
   assert np.isfinite(ours).all()
   for out, sample in zip(ours, samples):
     with torch.no_grad():
@@ -179,25 +191,20 @@ def test_references_matter(model, samples):
 
 
 def test_padding_is_invisible(params, samples):
-  ours, other = apply(params, *collate(samples)), apply(params, *collate(samples, garbage=-40.0))
+  (ours, grads), (other, other_grads) = (apply_with_gradients(params, *collate(samples, garbage)) for garbage in (3.0, -40.0))
   for sample, x, y in zip(samples, ours, other):
     assert np.array_equal(x[: tokens_of(sample)], y[: tokens_of(sample)])
+  assert jax.tree.all(jax.tree.map(np.array_equal, grads, other_grads))
 
 
 def test_gradients(model, params, samples):
-  batch = collate(samples)
-
-  def loss(params, tokens, context, pooled, references):
-    args = (tokens, batch[1], context, batch[3], pooled, *batch[5:7], references, *batch[8:])
-    return jnp.where(batch[6][..., None], jnp.sin(MODEL.apply({"params": params}, *args)), 0).sum()
-
   model.zero_grad()
   theirs = [as_torch(s) for s in samples]
   for s in theirs:
     for x in (s["target"], s["context"], s["pooled"], *s["references"]):
       x.requires_grad_()
     run_torch(model, **s).sin().sum().backward()
-  grads = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))(params, batch[0], batch[2], batch[4], batch[7])
+  _, grads = apply_with_gradients(params, *collate(samples))
   oracle.assert_gradients_close(grads[0], oracle.torch_gradients(model, TABLE, params))
   for i, s in enumerate(theirs):
     flat = lambda x: patchify(x.grad.numpy())

@@ -1,25 +1,22 @@
-"""Pre-training of the tiny base parts, each on its own, as the paper starts from parts that others trained (design section 5).
+"""Pre-training of the tiny VAE: reconstruction of training emoji and rendered words.
 
-* vae: reconstruction of emoji and rendered words.
-* vlm: captioning (image -> caption) and next-token prediction on captions; nothing else.
-* dit: flow matching on generation and edits, with a small causal text encoder of its own that is thrown away afterwards.
-
-None of them sees a held-out caption or image. Each writes its part of the model directory `config.output`.
+The tiny base is trained part by part, as the paper starts from parts that others trained (design section 5): here the VAE, then
+`pretrain_vlm` and `pretrain_dit`. None of them sees a held-out caption or image. Each writes its part of the model directory
+`config.output`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data import words
 from deepgen_jax.data.loader import DataSpec, MicroBatchIterator
-from deepgen_jax.data.sources import EmojiGeneration
 from deepgen_jax.models.config import TINY
 from deepgen_jax.models.vae import VAE
 from deepgen_jax.stages.stage import Report, Stage
@@ -27,21 +24,23 @@ from deepgen_jax.weights import model_dir
 
 
 class Drawn:
-  """Micro-batches that a function draws from a numpy generator seeded by (seed, index)."""
+  """Micro-batches that a function draws: draw(m, size) -> arrays of the m-th one, a pure function."""
 
-  def __init__(self, config, draw):
-    self._seed, self._draw = config.seed, draw
-    self.spec = DataSpec(batch_size=config.data.batch_size)
+  def __init__(self, batch_size: int, draw: Callable[[int, int], dict]):
+    self._draw = draw
+    self.spec = DataSpec(batch_size=batch_size)
 
   def batch(self, m: int) -> dict:
     """The m-th micro-batch."""
-    batch = self._draw(np.random.default_rng((self._seed, m)), self.spec.batch_size)
-    return batch | {"sample_id": np.arange(self.spec.batch_size, dtype=np.uint32) + m * self.spec.batch_size}
+    size = self.spec.batch_size
+    return self._draw(m, size) | {"sample_id": np.arange(m * size, (m + 1) * size, dtype=np.uint32)}
 
   def iterate(self, start: int) -> MicroBatchIterator:
+    """From the start-th micro-batch on."""
     return MicroBatchIterator(self, start)
 
   def bad_samples(self) -> list:
+    """None: nothing here is read from files."""
     return []
 
 
@@ -63,14 +62,15 @@ def to_unit(images: np.ndarray) -> np.ndarray:
   return images.astype(np.float32) / 127.5 - 1
 
 
-def build_vae(config, mesh) -> Stage:
+def build(config, mesh) -> Stage:
   """Loss: L1 + L2 on pixels + `kl_weight` x KL to N(0,1) per latent element."""
   vae = VAE(TINY.vae)
   emoji = emoji_data.prepare(config.data.dir)
   images, train = emoji.images(), np.flatnonzero(~emoji.held_out)
   written = words.combinations(held_out=False)
 
-  def draw(rng, size):
+  def draw(m, size):
+    rng = np.random.default_rng((config.seed, m))
     batch = [
       words.render(*written[rng.integers(len(written))]) if rng.random() < 0.1 else augment(images[rng.choice(train)], rng)
       for _ in range(size)
@@ -103,4 +103,4 @@ def build_vae(config, mesh) -> Stage:
     model_dir.save(config.output, dataclasses.replace(TINY, vae=scaled), {"vae": params["vae"]}, dtype=np.float16)
 
   init = lambda: {"vae": jax.jit(vae.init)(jax.random.key(config.seed), jnp.zeros((1, 64, 64, 3)))["params"]}
-  return Stage(init, loss, Drawn(config, draw), lambda params, batch: [batch], evaluate, finish)
+  return Stage(init, loss, Drawn(config.data.batch_size, draw), lambda params, batch: [batch], evaluate, finish)

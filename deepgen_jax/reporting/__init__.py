@@ -1,0 +1,1 @@
+"""Parts of the report: results.py reads, picture.py draws, page.py writes HTML."""

@@ -1,0 +1,117 @@
+"""What a report shows, read from the files that evaluations and trainings leave behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from deepgen_jax.errors import UserError
+
+# Scores that the report shows: key -> (label, higher is better). Shares are 0..1, the pixel error is 0..255.
+SCORES = {
+  "generation_r1": ("generation R@1", True),
+  "generation_r5": ("generation R@5", True),
+  "edit_r1": ("edit R@1", True),
+  "edit_r5": ("edit R@5", True),
+  "heldout_loss": ("held-out loss", False),
+  "edit_error_outside": ("pixel error outside the change", False),
+}
+OPTIONAL = ("edit_error_outside",)
+PICTURES = {"captions": ("generated", "true"), "instructions": ("source", "edited", "edit_true")}  # texts -> images
+
+
+@dataclass(frozen=True)
+class Stage:
+  """An evaluated model. scores: its scores.json; samples: `captions` str [N] with uint8 [N,H,W,3] `generated`, `true`, and
+  `instructions` str [M] with uint8 [M,H,W,3] `source`, `edited`, `edit_true`.
+  """
+
+  name: str
+  scores: dict[str, Any]
+  samples: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Run:
+  """A training. losses: "loss" (training) and "heldout..." -> float64 [K,2] of (update, loss)."""
+
+  name: str
+  losses: dict[str, np.ndarray]
+
+
+def read_stage(name: str, folder: str) -> Stage:
+  """Reads scores.json and samples.npz of an evaluation. Raises UserError for what is missing or malformed."""
+  root, again = epath.Path(folder), "; evaluate this stage again (python -m deepgen_jax.evaluation)"
+  for file in ("scores.json", "samples.npz"):
+    if not (root / file).exists():
+      raise UserError(f"stage {name}: {root / file} not found{again}")
+  try:
+    scores = json.loads((root / "scores.json").read_text())
+    for key in SCORES.keys() - set(OPTIONAL):
+      float(scores[key])
+  except (ValueError, TypeError, KeyError) as error:
+    raise UserError(f"stage {name}: {root / 'scores.json'} isn't an object with a number {error}{again}") from None
+  try:
+    with (root / "samples.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
+      samples = {key: stored[key] for texts, images in PICTURES.items() for key in (texts, *images)}
+  except Exception as error:  # a damaged archive fails in many ways: zipfile, zlib, numpy
+    raise UserError(f"stage {name}: {root / 'samples.npz'} can't be read: {error}{again}") from None
+  for texts, images in PICTURES.items():
+    for key in images:
+      image, count = samples[key], len(samples[texts])
+      if image.dtype != np.uint8 or image.ndim != 4 or image.shape[::3] != (count, 3):
+        raise UserError(f"stage {name}: {key!r} is {image.dtype} {list(image.shape)}, not uint8 [{count}, H, W, 3]{again}")
+  return Stage(name, scores | {"stage": name}, samples)
+
+
+def read_run(name: str, workdir: str) -> Run:
+  """Reads the losses in a workdir's metrics.jsonl. Raises UserError if there are none."""
+  path = epath.Path(workdir) / "metrics.jsonl"
+  if not path.exists():
+    raise UserError(f"run {name}: {path} not found; is {workdir!r} the --workdir of a training?")
+  series: dict[str, list] = {}
+  for number, line in enumerate(path.read_text().splitlines(), 1):
+    try:
+      row = json.loads(line)
+      for key, value in row.items():
+        if key == "loss" or (key.startswith("eval/heldout") and key.endswith("loss")):
+          series.setdefault(key.removeprefix("eval/"), []).append((row["step"], value))
+    except (ValueError, KeyError, AttributeError):
+      raise UserError(f"run {name}: {path} line {number} is no row of metrics; resuming the run mends it") from None
+  if not series:
+    raise UserError(f"run {name}: {path} holds no loss yet; let the run make some updates")
+  return Run(name, {key: np.array(rows, np.float64) for key, rows in series.items()})
+
+
+def check_same_samples(stages: Sequence[Stage]) -> None:
+  """Raises UserError unless all stages were judged on the same captions and edits: nothing else can be compared."""
+  first = stages[0]
+  for stage in stages[1:]:
+    for key in ("captions", "true", "instructions", "source", "edit_true"):
+      if not np.array_equal(first.samples[key], stage.samples[key]):
+        raise UserError(f"stages {first.name} and {stage.name} differ in {key!r}: evaluate both with the same options")
+
+
+def evenly(total: int, count: int) -> list[int]:
+  """Indices of at most `count` of `total` samples, evenly spaced: nobody picks the pretty ones."""
+  count = min(count, total)
+  return [i * total // count for i in range(count)]
+
+
+def score_text(key: str, value: float | None) -> str:
+  """A score as people read it: shares in per cent, the loss with four digits."""
+  if value is None or math.isnan(value):
+    return "-"
+  return f"{100 * value:.1f} %" if key.endswith(("_r1", "_r5")) else f"{value:.4f}" if key.endswith("loss") else f"{value:.1f}"
+
+
+def best(key: str, stages: Sequence[Stage]) -> float | None:
+  """The best value of a score over the stages, None where no stage has it."""
+  values = [v for v in (stage.scores.get(key) for stage in stages) if v is not None and not math.isnan(v)]
+  return (max if SCORES[key][1] else min)(values, default=None)

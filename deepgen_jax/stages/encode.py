@@ -1,0 +1,90 @@
+"""Images of a micro-batch -> what the train step takes: latent moments as tokens, reference latents, vision features.
+
+The VAE and the vision tower run here, outside the train step, once per image size; precomputed data would hold what this
+returns. With `cache` > 0 the results are also kept in memory per image (a small data set is encoded once).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
+
+
+class ImageEncoder:
+  """Encodes uint8 images [H,W,3] by size, in programs of a fixed batch, so that an image's result doesn't depend on its
+  neighbours.
+  """
+
+  def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0):
+    self._batch, self._cache_size = batch, cache
+    self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
+    self._programs = {
+      "moments": jax.jit(model.encode_moments),
+      "features": jax.jit(lambda params, images: (model.vision_features(params, images),)),
+    }
+
+  def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """-> (mean, log-variance) of each image, [h,w,c]."""
+    return self._run("moments", {"vae": params["vae"]}, images)
+
+  def features(self, params: Mapping, images: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """-> vision tokens [V,C] of each image."""
+    return [rows for (rows,) in self._run("features", {"vlm": {"vision": params["vlm"]["vision"]}}, images)]
+
+  def _run(self, program: str, params, images):
+    keys = [(program, image.shape, hashlib.blake2b(image.tobytes(), digest_size=16).digest()) for image in images]
+    found = {key: self._cache[key] for key in keys if key in self._cache}
+    missing = {key: image for key, image in zip(keys, images) if key not in found}
+    for shape in {image.shape for image in missing.values()}:
+      group = [(key, image) for key, image in missing.items() if image.shape == shape]
+      for start in range(0, len(group), self._batch):
+        part = group[start : start + self._batch]
+        stacked = np.stack([image for _, image in part])
+        stacked = np.concatenate([stacked, np.zeros((self._batch - len(part), *shape), np.uint8)])
+        outputs = [np.asarray(x) for x in self._programs[program](params, stacked)]
+        found |= {key: tuple(x[row] for x in outputs) for row, (key, _) in enumerate(part)}
+    room = self._cache_size - len(self._cache)
+    self._cache |= {key: found[key] for key in list(missing)[: max(room, 0)]}
+    return [found[key] for key in keys]
+
+
+def encode_batch(
+  model: DeepGen, params: Mapping, encoder: ImageEncoder, host: Mapping, token_multiple: int, scale: Callable
+) -> dict:
+  """A host micro-batch (data/loader.py) -> the batch of the train step.
+
+  Adds target: mean, logvar [B,N,D], positions, mask; and for edits references: tokens (scaled posterior mode), positions, mask,
+  and vision [B,V,C]. N and R are padded to multiples of `token_multiple`.
+  """
+  batch = {key: host[key] for key in ("sample_id", "ids", "text_mask", "position_ids", "image_index")}
+  config = model.config
+  moments = encoder.moments(params, host["target"])
+  budget = token_budget([tokens_of(mean, config) for mean, _ in moments], token_multiple)
+  mean = _stack([pad_tokens([m], budget, config) for m, _ in moments])
+  logvar = _stack([pad_tokens([v], budget, config) for _, v in moments])
+  batch["target"] = {"mean": mean["tokens"], "logvar": logvar["tokens"], "positions": mean["positions"], "mask": mean["mask"]}
+  if any(host["references"]):
+    flat = [image for images in host["references"] for image in images]
+    modes = iter([scale(mean) for mean, _ in encoder.moments(params, flat)])
+    features = iter(encoder.features(params, flat))
+    rows = [[next(modes) for _ in images] for images in host["references"]]
+    budget = token_budget([sum(tokens_of(z, config) for z in row) for row in rows], token_multiple)
+    batch["references"] = _stack([pad_tokens(row, budget, config) for row in rows])
+    vision = [np.concatenate([next(features) for _ in images]) for images in host["references"]]
+    longest = token_budget([len(v) for v in vision], max(1, token_multiple // 4))  # a vision token stands for four of the DiT
+    batch["vision"] = np.stack([np.pad(v, ((0, longest - len(v)), (0, 0))) for v in vision])
+  return batch
+
+
+def tokens_of(latents: np.ndarray, config) -> int:
+  """DiT tokens of latents [h,w,c]."""
+  return latents.shape[0] * latents.shape[1] // config.dit.patch_size**2
+
+
+def _stack(rows: Sequence[dict]) -> dict:
+  return {key: np.stack([row[key] for row in rows]) for key in rows[0]}

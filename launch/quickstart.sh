@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The whole of it in miniature, on a CPU: starts from the tiny base that is shipped, aligns, fine-tunes, and scores the model
+# before and after each stage on emoji that it has never seen. Writes runs/quickstart/{report.html,report.png,scores.json}.
+#   bash launch/quickstart.sh
+# Run again, it goes on where it stopped; remove runs/quickstart to begin anew. QUICKSTART_STEPS=2 makes a rehearsal with
+# two updates a stage and a small evaluation, in runs/quickstart-2.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash launch/setup.sh demo
+python=${VENV:-.venv}/bin/python
+
+output=runs/quickstart training=() evaluation=()
+if [[ -n ${QUICKSTART_STEPS:-} ]]; then
+  output=runs/quickstart-$QUICKSTART_STEPS
+  training=("--config.steps=$QUICKSTART_STEPS")
+  evaluation=(--edits 25 --steps 2)
+fi
+
+clock() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
+
+scored() { [[ -f $output/eval/$1/scores.json ]]; }
+
+train() { # STAGE [OPTION ...]
+  scored "$1" && return
+  clock "$1: training"
+  "$python" -m deepgen_jax.train --config "configs/$1.py:tiny" --workdir "$output/$1" "${@:2}" "${training[@]}"
+}
+
+evaluate() { # STAGE MODEL
+  scored "$1" && return
+  clock "$1: held-out captions and edits"
+  "$python" -m deepgen_jax.evaluation --model "$2" --stage "$1" --output "$output/eval/$1" "${evaluation[@]}"
+}
+
+evaluate start tiny
+train align
+evaluate align "$output/align"
+train sft "--config.init=$output/align"
+evaluate sft "$output/sft"
+
+clock "report"
+"$python" -m deepgen_jax.report --output "$output" --run "align=$output/align" --run "sft=$output/sft" \
+  --stage "start=$output/eval/start" --stage "align=$output/eval/align" --stage "sft=$output/eval/sft"
+clock "done: open $output/report.html"

@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Makes the virtual environment of the other commands, .venv in the checkout, and installs this package there:
+#   bash launch/setup.sh demo|test
+# It does nothing where setup.py hasn't changed since. PYTHON=python3.12 chooses the interpreter, VENV=DIR another folder.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+extra=${1:?which extra of setup.py? demo or test}
+venv=${VENV:-.venv}
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+find_python() {
+  for name in ${PYTHON:-python3.11 python3.12 python3.13 python3.14 python3}; do
+    if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$name"
+      return
+    fi
+  done
+  fail "${PYTHON:-no python} is not an interpreter of Python 3.11 or newer; install one, or name it with PYTHON=..."
+}
+
+if [[ -x $venv/bin/python ]]; then
+  here=$(version_of "$venv/bin/python") || fail "$venv is broken; remove it and run this again"
+  if [[ -n ${PYTHON:-} && $(version_of "$(find_python)") != "$here" ]]; then
+    fail "$venv has Python $here, not that of PYTHON=$PYTHON; remove it, or choose another folder with VENV=DIR"
+  fi
+else
+  python=$(find_python)
+  "$python" -m venv "$venv" || fail "$python can't make a virtual environment (on Debian: apt-get install python3-venv)"
+fi
+
+stamp=$venv/.installed-$extra
+if ! cmp --silent setup.py "$stamp"; then
+  echo "installing deepgen_jax[$extra] into $venv"
+  pip=("$venv/bin/python" -m pip --disable-pip-version-check install --quiet)
+  if [[ $extra == test && $(version_of "$venv/bin/python") == 3.11 ]]; then
+    "${pip[@]}" torch==2.13.0 # first and alone, so that nothing else decides which build of it
+  fi
+  "${pip[@]}" --editable ".[$extra]"
+  cp setup.py "$stamp"
+fi

@@ -1,0 +1,38 @@
+"""Before anything imports JAX: the CPU with eight devices. After the last test: a skip that isn't allowed is a failure."""
+
+import os
+import re
+import sys
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+
+# Why a test may skip. PyTorch is installed for Python 3.11 alone (setup.py).
+ALLOWED_SKIPS = [r"needs an accelerator"]
+if sys.version_info >= (3, 12):
+  ALLOWED_SKIPS.append(r"could not import '(torch|diffusers)'")
+
+
+def skip_is_allowed(reason):
+  return any(re.search(pattern, reason) for pattern in ALLOWED_SKIPS)
+
+
+def forbidden_skips(reports):
+  """Lines "FILE:LINE reason" of the skipped tests and modules among pytest reports that shouldn't have skipped."""
+  places = [report.longrepr for report in reports if isinstance(report.longrepr, tuple)]
+  return [f"{file}:{line} {reason}" for file, line, reason in places if not skip_is_allowed(reason)]
+
+
+def pytest_sessionfinish(session):
+  reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+  if reporter and session.exitstatus == 0 and forbidden_skips(reporter.stats.get("skipped", [])):
+    session.exitstatus = 1
+
+
+def pytest_terminal_summary(terminalreporter):
+  if lines := forbidden_skips(terminalreporter.stats.get("skipped", [])):
+    terminalreporter.section("skipped, which counts as failed: install what they miss (launch/test.sh)", red=True)
+    for line in lines:
+      terminalreporter.line(line)
