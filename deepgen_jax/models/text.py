@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from deepgen_jax.models.config import TextConfig
@@ -32,7 +33,7 @@ def mrope(positions: Array, config: TextConfig) -> tuple[Array, Array]:
   """
   half = config.head_dim // 2
   frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) * 2 / config.head_dim)
-  axis = jnp.repeat(jnp.arange(3), jnp.array(config.mrope_section), total_repeat_length=half)
+  axis = np.repeat(np.arange(3), config.mrope_section)
   angle = positions.astype(jnp.float32)[:, axis, :].swapaxes(1, 2) * frequency
   return jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
 
