@@ -94,3 +94,16 @@ def _flat_json(values: dict, prefix: str = "") -> dict:
   for key, value in values.items():
     out |= _flat_json(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
   return out
+
+
+def load_trained(workdir: epath.Path, weights: str = "ema") -> dict:
+  """The trained leaves {parameter path: numpy array} of a workdir's newest checkpoint: EMA where it is kept, unless `weights`
+  is "raw".
+  """
+  with ocp.CheckpointManager(epath.Path(workdir) / "checkpoints") as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(f"workdir {workdir} has no complete checkpoint yet")
+    leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+  kind = "ema" if weights == "ema" and any(name.startswith("ema/") for name in leaves) else "params"
+  return {name.removeprefix(f"{kind}/"): jax.device_get(leaf) for name, leaf in leaves.items() if name.startswith(f"{kind}/")}

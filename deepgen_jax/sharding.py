@@ -93,6 +93,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole."""
   return NamedSharding(mesh, PartitionSpec())
 
 

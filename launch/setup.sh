@@ -24,14 +24,14 @@ find_python() {
   fail "${PYTHON:-no python} is not an interpreter of Python 3.11 or newer; install one, or name it with PYTHON=..."
 }
 
-if [[ -x $venv/bin/python ]]; then
-  here=$(version_of "$venv/bin/python") || fail "$venv is broken; remove it and run this again"
-  if [[ -n ${PYTHON:-} && $(version_of "$(find_python)") != "$here" ]]; then
-    fail "$venv has Python $here, not that of PYTHON=$PYTHON; remove it, or choose another folder with VENV=DIR"
-  fi
-else
+if [[ ! -x $venv/bin/python ]]; then
   python=$(find_python)
   "$python" -m venv "$venv" || fail "$python can't make a virtual environment (on Debian: apt-get install python3-venv)"
+elif [[ -n ${PYTHON:-} ]]; then
+  python=$(find_python)
+  if [[ $(version_of "$python") != "$(version_of "$venv/bin/python")" ]]; then
+    fail "$venv has another Python than PYTHON=$PYTHON; remove it, or choose another folder with VENV=DIR"
+  fi
 fi
 
 stamp=$venv/.installed-$extra

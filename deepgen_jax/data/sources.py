@@ -34,6 +34,8 @@ class Sample:
 
 
 class Source(Protocol):
+  """What a source offers: a pure function of the index."""
+
   name: str
   task: str
 

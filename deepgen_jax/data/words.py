@@ -49,6 +49,7 @@ def is_held_out(word: str) -> bool:
 
 
 def caption(word: str, ink: str, background: str) -> str:
+  """The caption of a rendered word."""
   return f'the word "{word}" in {ink} on a {background} background'.replace(" a orange", " an orange")
 
 

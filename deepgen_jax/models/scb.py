@@ -27,6 +27,8 @@ def _torch_uniform(key, shape, dtype=jnp.float32):
 
 
 class EncoderLayer(nn.Module):
+  """One pre-norm bidirectional layer."""
+
   config: SCBConfig
 
   @nn.compact

@@ -46,6 +46,8 @@ def rotate(x: Array, table: tuple[Array, Array]) -> Array:
 
 
 class DecoderLayer(nn.Module):
+  """One pre-norm layer over streams that follow each other (see the head of the file)."""
+
   config: TextConfig
 
   @nn.compact

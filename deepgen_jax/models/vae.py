@@ -39,6 +39,8 @@ def group_norm(x: Array, scale: Array, bias: Array, groups: int, eps: float = 1e
 
 
 class GroupNorm(nn.Module):
+  """`group_norm` with learned `scale` and `bias`."""
+
   groups: int
 
   @nn.compact
@@ -73,6 +75,8 @@ class Conv(nn.Module):
 
 
 class ResBlock(nn.Module):
+  """Two normalised convolutions around a shortcut; [B,H,W,C] -> [B,H,W,features]."""
+
   features: int
   groups: int
 
@@ -103,6 +107,8 @@ class MidBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
+  """Residual blocks, then half the resolution."""
+
   features: int
   layers: int
   groups: int
@@ -118,6 +124,8 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
+  """Residual blocks, then twice the resolution."""
+
   features: int
   layers: int
   groups: int
@@ -133,6 +141,8 @@ class UpBlock(nn.Module):
 
 
 class Encoder(nn.Module):
+  """Images -> posterior moments."""
+
   config: VAEConfig
 
   @nn.compact
@@ -149,6 +159,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+  """Latents -> images."""
+
   config: VAEConfig
 
   @nn.compact

@@ -83,6 +83,8 @@ def rotary_table(grid: tuple[int, int], config: VisionConfig) -> tuple[Array, Ar
 
 
 class VisionBlock(nn.Module):
+  """One pre-norm layer; window or full attention by a flag."""
+
   config: VisionConfig
 
   @nn.compact
@@ -100,6 +102,8 @@ class VisionBlock(nn.Module):
 
 
 class VisionTower(nn.Module):
+  """Patches -> merged tokens."""
+
   config: VisionConfig
   unroll: bool = False
 

@@ -17,7 +17,14 @@ COLOURS = ("#9aa3ad", "#2f6fba", "#d9772b", "#3c9a5f", "#8a5fbf")  # of stages, 
 INK, FAINT = "#1f2933", "#6b7683"
 ROWS = 10  # of each grid of the overview
 TEXT_WIDTH = 3.3  # of the column of texts, in sides of an image
-STYLE = {"text.parse_math": False, "font.size": 9, "text.color": INK, "axes.labelcolor": FAINT, "xtick.color": FAINT, "ytick.color": FAINT}
+STYLE = {
+  "text.parse_math": False,  # captions are text: "$" is a dollar
+  "font.size": 9,
+  "text.color": INK,
+  "axes.labelcolor": FAINT,
+  "xtick.color": FAINT,
+  "ytick.color": FAINT,
+}
 
 
 def overview(stages: Sequence[Stage], runs: Sequence[Run]) -> bytes:

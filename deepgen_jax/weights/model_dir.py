@@ -41,6 +41,7 @@ def save(path, config: DeepGenConfig, params: Mapping, tokenizer=None, dtype=Non
 
 
 def is_model_dir(path) -> bool:
+  """Whether the folder is one of ours."""
   return (epath.Path(path) / "model.json").exists()
 
 
