@@ -37,7 +37,10 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     sys.path.remove(root)
   if not hasattr(module, "get_config"):
     raise UserError(f"config file {path!r} has no function get_config")
-  config = module.get_config(argument) if argument else module.get_config()
+  try:
+    config = module.get_config(argument) if argument else module.get_config()
+  except (TypeError, ValueError) as error:
+    raise UserError(f"config {spec!r}: {error}; the argument follows the file name, as in configs/align.py:tiny") from error
   for override in overrides:
     _override(config, override, path)
   return config.lock()

@@ -21,7 +21,7 @@ find_python() {
       return
     fi
   done
-  fail "${PYTHON:-no python} is not an interpreter of Python 3.11 or newer; install one, or name it with PYTHON=..."
+  fail "no Python 3.11 or newer found as ${PYTHON:-python3.11 to python3}; install one, or name it with PYTHON=..."
 }
 
 if [[ ! -x $venv/bin/python ]]; then
