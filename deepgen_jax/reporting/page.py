@@ -32,9 +32,10 @@ th, td { padding: .5rem .75rem; text-align: right; border-bottom: 1px solid var(
 tr:last-child > * { border-bottom: 0; }
 th { font-weight: 600; } thead th { color: var(--faint); font-size: .85rem; vertical-align: bottom; }
 th:first-child { text-align: left; white-space: nowrap; }
+td { white-space: nowrap; }
 td.best { font-weight: 700; }
 .dot { display: inline-block; width: .7rem; height: .7rem; border-radius: 50%; margin-right: .5rem; }
-.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(23rem, 1fr)); }
+.cards { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(23rem, 100%), 1fr)); }
 .card { padding: .7rem .85rem .6rem; }
 .card h3 { font-size: .95rem; font-weight: 600; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 .row { display: flex; gap: .5rem; }

@@ -1,0 +1,119 @@
+"""The shared train step on a problem small enough to compute by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from ml_collections import ConfigDict
+
+from deepgen_jax import sharding
+from deepgen_jax.errors import UserError
+from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step, sample_keys
+
+OPTIM = ConfigDict({"lr": 0.1, "warmup": 0.0, "schedule": "constant", "betas": (0.9, 0.95), "weight_decay": 0.05, "clip": 1.0})
+
+
+def linear_loss(params, batch, keys):
+  """Per-sample squared error of x w + bias; the frozen gain must take part."""
+  y = (batch["x"] @ params["fc1"]["kernel"] + params["fc1"]["bias"]) * params["gain"]["scale"]
+  return jnp.square(y - batch["y"]).mean(-1), {}
+
+
+def make_params(seed=0):
+  rng = np.random.default_rng(seed)
+  return {
+    "fc1": {"kernel": jnp.array(rng.normal(size=(3, 2)), jnp.float32), "bias": jnp.zeros(2)},
+    "gain": {"scale": jnp.array([2.0, 0.5])},
+  }
+
+
+def make_batch(seed, size=4):
+  rng = np.random.default_rng(seed)
+  x, y = rng.normal(size=(size, 3)).astype(np.float32), rng.normal(size=(size, 2)).astype(np.float32)
+  return {"x": x, "y": y, "sample_id": np.arange(size, dtype=np.uint32)}
+
+
+@pytest.fixture(scope="module")
+def setup():
+  """(step of two micro-batches with EMA, fresh state, frozen)."""
+  trainable, frozen = sharding.partition(make_params(), [("fc1/.*", True), (".*", False)])
+  optimizer, schedule = make_optimizer(OPTIM, 100)
+  step = jax.jit(make_train_step(linear_loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9))
+  return step, lambda: init_state(trainable, optimizer, ema=True), frozen
+
+
+def run(step, state, frozen, batches):
+  for batch in batches:
+    state, metrics = step(state, frozen, batch, jax.random.key(0))
+  return state, metrics
+
+
+def test_an_update_equals_optax_on_the_mean_of_its_micro_batches(setup):
+  step, fresh, frozen = setup
+  batches = [make_batch(0), make_batch(1)]
+  state, metrics = run(step, fresh(), frozen, batches)
+  params = make_params()["fc1"]
+
+  def mean_loss(fc1):
+    return np.mean([1, 1]) * sum(linear_loss({"fc1": fc1, "gain": frozen["gain"]}, b, None)[0].mean() for b in batches) / 2
+
+  value, grads = jax.value_and_grad(mean_loss)(params)
+  norm = optax.global_norm(grads)
+  grads = jax.tree.map(lambda g: g * jnp.minimum(1, 1 / norm), grads)
+  lr = OPTIM.lr * 1e-5  # the first update of the warm-up
+  decay = {"kernel": True, "bias": False}
+  reference = optax.adamw(lr, 0.9, 0.95, weight_decay=0.05, mask=decay)
+  updates, _ = reference.update(grads, reference.init(params), params)
+  expected = optax.apply_updates(params, updates)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params["fc1"], expected)
+  np.testing.assert_allclose(metrics["loss"], value, rtol=1e-6)
+  np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+  assert int(state.step) == 1 and int(state.micro) == 0
+
+
+def test_nothing_changes_before_the_update_is_complete(setup):
+  step, fresh, frozen = setup
+  state, _ = run(step, fresh(), frozen, [make_batch(0)])
+  jax.tree.map(np.testing.assert_array_equal, state.params, fresh().params)
+  assert int(state.step) == 0 and int(state.micro) == 1
+
+
+def test_ema_follows_the_weights(setup):
+  step, fresh, frozen = setup
+  first, _ = run(step, fresh(), frozen, [make_batch(0), make_batch(1)])
+  second, _ = run(step, first, frozen, [make_batch(2), make_batch(3)])
+  expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, first.ema, second.params)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), second.ema, expected)
+  assert not np.array_equal(second.ema["fc1"]["kernel"], fresh().ema["fc1"]["kernel"])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_an_update_that_is_not_finite_changes_no_weight_and_is_counted(setup, bad):
+  step, fresh, frozen = setup
+  good, _ = run(step, fresh(), frozen, [make_batch(0), make_batch(1)])
+  poisoned = make_batch(2)
+  poisoned["y"][1, 0] = bad
+  state, metrics = run(step, good, frozen, [poisoned, make_batch(3)])
+  for name in ("params", "opt_state", "ema"):
+    jax.tree.map(np.testing.assert_array_equal, getattr(state, name), getattr(good, name))
+  assert int(metrics["skipped"]) == int(metrics["skipped_in_row"]) == 1 and int(state.step) == 2
+  state, metrics = run(step, state, frozen, [make_batch(4), make_batch(5)])
+  assert int(metrics["skipped"]) == 1 and int(metrics["skipped_in_row"]) == 0
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_keys_depend_on_update_and_sample_alone():
+  rng = jax.random.key(3)
+  data = lambda step, ids: jax.random.key_data(sample_keys(rng, step, np.array(ids, np.uint32)))
+  np.testing.assert_array_equal(data(5, [7, 9, 11])[1], data(5, [9])[0])
+  assert not np.array_equal(data(5, [9]), data(6, [9])) and not np.array_equal(data(5, [9]), data(5, [10]))
+
+
+def test_partition_and_merge_are_inverse_and_every_path_needs_a_row():
+  params = make_params()
+  trainable, frozen = sharding.partition(params, [("fc1/kernel", True), (".*", False)])
+  assert trainable["fc1"]["bias"] is None and frozen["fc1"]["kernel"] is None
+  jax.tree.map(np.testing.assert_array_equal, sharding.merge(trainable, frozen), params)
+  with pytest.raises(UserError, match="gain/scale"):
+    sharding.partition(params, [("fc1/.*", True)])
