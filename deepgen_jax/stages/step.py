@@ -82,7 +82,7 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
   def finish(state: TrainState) -> tuple[TrainState, dict]:
     """Completes an update."""
     grads = jax.tree.map(lambda g: g / accumulate, state.grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(state.loss)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
