@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from deepgen_jax.cli import parse
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.retrieval import Retrieval, error_outside_change
@@ -125,7 +127,7 @@ def main() -> None:
   parser.add_argument("--edits", type=int, default=500, help="held-out triplets, at most 500")
   parser.add_argument("--steps", type=int, default=20)
   parser.add_argument("--guidance", type=float, default=4.0)
-  arguments = parser.parse_args()
+  arguments = parse(parser, sys.argv[1:])
   pipe = load_pipeline(arguments.model, arguments.base)
   scores, samples = evaluate(
     pipe, arguments.data_dir, edits=arguments.edits, steps=arguments.steps, guidance=arguments.guidance

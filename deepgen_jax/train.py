@@ -15,8 +15,9 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax import checkpoint, sharding, stages
+from deepgen_jax.cli import parse
 from deepgen_jax.config import load_config, to_json
-from deepgen_jax.errors import UserError, nearest, run_command
+from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.log import Log
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 
@@ -161,10 +162,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
       expects_value = "=" not in word
     else:
       rest.append(word)
-  arguments, unknown = parser.parse_known_args(rest)
-  if unknown:
-    raise UserError(f"unknown option {unknown[0]!r}.{nearest(unknown[0], ['--config', '--workdir', '--help'])}")
-  return arguments, overrides
+  return parse(parser, rest), overrides
 
 
 def main() -> None:
