@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m deepgen_jax.generate",
     description="Generates images from text, or edits reference images.",
-    epilog='example: python -m deepgen_jax.generate --model runs/sft --prompt "make it green" --image apple.png --output out.png',
+    epilog='example: python -m deepgen_jax.generate --model runs/sft --prompt "make it green" --image in.png --output out.png',
     allow_abbrev=False,
   )
   parser.add_argument("--model", required=True, metavar="DIR", help="model directory, training workdir or 'tiny'")

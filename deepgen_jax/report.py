@@ -14,7 +14,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from deepgen_jax.errors import UserError, nearest, run_command
+from deepgen_jax.cli import parse
+from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.reporting.results import Run, Stage, check_same_samples, read_run, read_stage
 
 
@@ -49,9 +50,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     "--stage", action="append", required=True, metavar="NAME=DIR", help="what an evaluation wrote; repeat, in order"
   )
   parser.add_argument("--run", action="append", default=[], metavar="NAME=WORKDIR", help="a training; repeat, in order")
-  arguments, unknown = parser.parse_known_args(argv)
-  if unknown:
-    raise UserError(f"unknown option {unknown[0]!r}.{nearest(unknown[0], ['--output', '--stage', '--run', '--help'])}")
+  arguments = parse(parser, argv)
   arguments.stage, arguments.run = _pairs("--stage", arguments.stage), _pairs("--run", arguments.run)
   return arguments
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -99,10 +100,10 @@ def test_sft_trains_the_dit_and_lora_and_can_be_loaded(whole, align, tmp_path):
 
 
 def test_another_config_is_refused_and_nothing_is_written(whole, align):
-  before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+  before = {path: path.stat().st_mtime_ns for path in Path(whole).rglob("*") if path.is_file()}
   with pytest.raises(UserError, match=r"optim.lr: 0.002 there, 0.1 now"):
     align(whole, 4, "--config.optim.lr=0.1")
-  assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+  assert before == {path: path.stat().st_mtime_ns for path in Path(whole).rglob("*") if path.is_file()}
 
 
 def test_two_runs_do_not_share_a_workdir(tmp_path):
