@@ -47,5 +47,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1} if tiny else {"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills
   c.checkpoint = ConfigDict({"every": 500, "keep": 2})
   c.log = ConfigDict({"every": 10})
-  c.eval = ConfigDict({"every": 500, "samples": 224})  # updates (0: never), held-out samples of a task
+  c.eval = ConfigDict({"every": 500, "samples": 225, "pictures": True})  # updates (0: never), held-out samples of a task
+  c.profile = ""  # "START:END": a trace of these updates goes to WORKDIR/profile
   return c

@@ -13,14 +13,14 @@ def get_config(part: str):
   c = common.get_config("tiny")
   c.stage = f"pretrain_{part}"
   c.output = "runs/pretrain/model"  # the model directory that the three parts fill
-  c.checkpoint.every, c.eval.every, c.log.every = 500, 1000, 50
+  c.checkpoint.every, c.eval.every, c.log.every = 500, 500, 50
   c.optim.weight_decay = 0.01
   if part == "vae":
-    c.kl_weight = 3e-4
-    c.steps, c.data.batch_size = 1600, 16
-    c.optim.lr, c.optim.ema = 1.5e-3, 0.99
+    c.kl_weight = 5e-4
+    c.steps, c.data.batch_size = 3000, 8
+    c.optim.lr, c.optim.ema = 1.5e-3, 0.995
   elif part == "vlm":
-    c.steps, c.data.batch_size = 700, 32
+    c.steps, c.data.batch_size = 1200, 16
     c.data.pattern = ("edit", "generate")
     c.optim.lr = 2e-3
   elif part == "dit":
@@ -28,6 +28,7 @@ def get_config(part: str):
     c.edit_share = 0.35  # of micro-batches
     c.words_share = 0.1  # of generation
     c.drop = 0.1  # texts left out, for guidance
+    c.condition_noise = 0.2  # on normalised conditioning
     c.optim.lr, c.optim.ema = 1.5e-3, 0.999
   else:
     raise ValueError(f"part {part!r} must be vae, vlm or dit")

@@ -1,9 +1,13 @@
-"""Command lines: an unknown option is an error that names the nearest one."""
+"""What commands share: an unknown option is an error that names the nearest one; compiled programs are kept."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
+from pathlib import Path
+
+import jax
 
 from deepgen_jax.errors import UserError, nearest
 
@@ -16,3 +20,11 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
     option = unknown[0].partition("=")[0]
     raise UserError(f"unknown option {option!r}.{nearest(option, known)} See --help.")
   return arguments
+
+
+def keep_compiled_programs() -> None:
+  """Switches a persistent cache on: in JAX_COMPILATION_CACHE_DIR (empty: none), else in the user's cache folder."""
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "deepgen_jax" / "xla"))

@@ -11,26 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from deepgen_jax.cli import parse
+from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.data import emoji as emoji_data
-from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.retrieval import Retrieval, error_outside_change
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration
 from deepgen_jax.errors import run_command
+from deepgen_jax.heldout import GUIDANCE, STEPS, HeldOut, generate
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.pipeline import DeepGenPipeline
-from deepgen_jax.stages.encode import ImageEncoder, encode_batch
-from deepgen_jax.stages.supervised import sample_loss
 from deepgen_jax.weights.load import load_model
-
-BATCH = 25
 
 
 def load_pipeline(path: str, base: str | None = None) -> DeepGenPipeline:
@@ -39,47 +33,6 @@ def load_pipeline(path: str, base: str | None = None) -> DeepGenPipeline:
   if "scb" not in params:
     params = params | DeepGen(config).init(jax.random.key(0), ("scb",))
   return DeepGenPipeline(config, params, tokenizer)
-
-
-def generate(pipe: DeepGenPipeline, prompts: Sequence[str], images, steps: int, guidance: float) -> np.ndarray:
-  """One image a prompt with seed = index: uint8 [N,H,W,3]. images: None, or one reference a prompt."""
-  made = []
-  for start in range(0, len(prompts), BATCH):
-    part = slice(start, start + BATCH)
-    references = None if images is None else [[image] for image in images[part]]
-    size = {} if references else {"height": pipe.config.image_size, "width": pipe.config.image_size}
-    out = pipe(
-      list(prompts[part]),
-      image=references,
-      num_inference_steps=steps,
-      guidance_scale=guidance,
-      seed=start,
-      output_type="np",
-      **size,
-    )
-    made.append(np.round(out.images * 255).astype(np.uint8))
-  return np.concatenate(made)
-
-
-def heldout_loss(pipe: DeepGenPipeline, sources: Sequence, count: int) -> float:
-  """Flow-matching loss on the first `count` samples of each source with fixed noise; the mean over sources."""
-  config = pipe.config
-  model = DeepGen(config, unroll=True)
-  encoder = ImageEncoder(model)
-  spec = DataSpec(image_size=config.image_size, num_think_tokens=config.scb.num_think_tokens, text_buckets=(128,))
-  judge = jax.jit(lambda params, batch, keys: sample_loss(model, params, batch, keys, joint=False, drop=False))
-  losses = []
-  for source in sources:
-    total = []
-    for start in range(0, min(count, len(source)) - BATCH + 1, BATCH):
-      ids = range(start, start + BATCH)
-      batch = encode_batch(
-        model, pipe.params, encoder, host_batch([source[i] for i in ids], ids, spec, pipe.tokenizer), 16, model.scale
-      )
-      keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.asarray(batch["sample_id"]))
-      total.append(np.asarray(judge(pipe.params, batch, keys)))
-    losses.append(np.mean(total))
-  return float(np.mean(losses))
 
 
 def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, guidance: float) -> tuple[dict, dict]:
@@ -92,6 +45,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
   instructions = [edit.instructions[0] for edit in triplets.edits]
   source, true = (gallery[[getattr(edit, which) for edit in triplets.edits]] for which in ("source", "target"))
   edited = generate(pipe, instructions, source, steps, guidance)
+  held_out = HeldOut(pipe.model, pipe.tokenizer, {"generate": captions, "edit": triplets}, 225)
   retrieval = Retrieval(gallery)
   by_caption = retrieval.recall(generated, captions.indices)
   by_edit = retrieval.recall(edited, [edit.target for edit in triplets.edits])
@@ -100,7 +54,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
     "generation_r5": by_caption["r5"],
     "edit_r1": by_edit["r1"],
     "edit_r5": by_edit["r5"],
-    "heldout_loss": heldout_loss(pipe, (captions, triplets), 225),
+    "heldout_loss": float(np.mean([*held_out.losses(pipe.params).values()])),
     "edit_error_outside": float(np.nanmean(error_outside_change(edited, source, true))),
     "captions": len(names),
     "edits": len(instructions),
@@ -113,6 +67,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
 
 
 def main() -> None:
+  keep_compiled_programs()
   parser = argparse.ArgumentParser(
     prog="python -m deepgen_jax.evaluation",
     description=__doc__.partition("\n")[0],
@@ -125,8 +80,8 @@ def main() -> None:
   parser.add_argument("--output", required=True, help="folder for scores.json and samples.npz")
   parser.add_argument("--data_dir", default="runs/data", help="where the emoji set is built")
   parser.add_argument("--edits", type=int, default=500, help="held-out triplets, at most 500")
-  parser.add_argument("--steps", type=int, default=20)
-  parser.add_argument("--guidance", type=float, default=4.0)
+  parser.add_argument("--steps", type=int, default=STEPS)
+  parser.add_argument("--guidance", type=float, default=GUIDANCE)
   arguments = parse(parser, sys.argv[1:])
   pipe = load_pipeline(arguments.model, arguments.base)
   scores, samples = evaluate(

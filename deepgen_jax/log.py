@@ -10,11 +10,14 @@ import json
 import sys
 import time
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from deepgen_jax.errors import UserError
 
 
 class Log:
@@ -89,6 +92,31 @@ class Log:
       for events in self._tensorboard.iterdir():
         if int(events.name.rpartition(".from")[2] or 0) >= start:
           events.unlink()
+
+
+class Profiler:
+  """Traces updates START to END (exclusive) into a folder that TensorBoard and Perfetto read; "" traces nothing."""
+
+  def __init__(self, span: str, folder: epath.Path):
+    try:
+      self._start, self._end = (int(part) for part in span.split(":")) if span else (-1, -1)
+    except ValueError:
+      raise UserError(f"config.profile {span!r}: write START:END, e.g. 10:13") from None
+    self._folder, self._on = folder, False
+
+  def at(self, step: int) -> None:
+    """Called before each update."""
+    if step == self._start:
+      jax.profiler.start_trace(str(self._folder))
+      self._on = True
+    elif step == self._end:
+      self.close()
+
+  def close(self) -> None:
+    """Ends the trace, if one is under way."""
+    if self._on:
+      jax.profiler.stop_trace()
+      self._on = False
 
 
 def _step_of(line: str) -> float:

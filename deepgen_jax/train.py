@@ -15,10 +15,10 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax import checkpoint, sharding, stages
-from deepgen_jax.cli import parse
+from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError, run_command
-from deepgen_jax.log import Log
+from deepgen_jax.log import Log, Profiler
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 
 
@@ -29,6 +29,7 @@ def train(config, workdir: epath.Path) -> None:
   config_json = to_json(config)
   checkpoint.check_config(workdir, config_json)
   mesh = sharding.make_mesh(config.mesh.to_dict())
+  profiler = Profiler(config.profile, workdir / "profile")
   stage = stages.build(config, mesh)
   accumulate = len(config.data.pattern)
   workdir.mkdir(parents=True, exist_ok=True)
@@ -67,6 +68,7 @@ def train(config, workdir: epath.Path) -> None:
     while done < config.steps and not stop:
       if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
         log.checkpointed(done)
+      profiler.at(done)
       for _ in range(accumulate):
         for batch in stage.prepare(sharding.merge(state.params, frozen), next(samples)):
           state, metrics = step(state, frozen, put(batch), rng)
@@ -86,6 +88,7 @@ def train(config, workdir: epath.Path) -> None:
     else:
       log.say(f"stopped at update {done}; the same command goes on from here")
   finally:
+    profiler.close()
     samples.close()
     ckpt.close()
     log.close()
@@ -166,6 +169,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
+  keep_compiled_programs()
   arguments, overrides = parse_arguments(sys.argv[1:])
   config = load_config(arguments.config, overrides)
   train(config, epath.Path(arguments.workdir))

@@ -69,6 +69,8 @@ def prepare(sample: Sample, sample_id: int, spec: DataSpec, tokenizer, train: bo
       f"the largest text bucket ({max(spec.text_buckets)}) can't hold the template and image tokens of a sample "
       f"({len(prompt.ids)}): add a larger one to text_buckets"
     )
+  if sample.answer:
+    prompt = prompts.with_answer(tokenizer, prompt, sample.answer, max(spec.text_buckets))
   return Example(sample_id, text, prompt, target, references)
 
 

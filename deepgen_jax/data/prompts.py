@@ -9,7 +9,7 @@ import bisect
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -83,6 +83,17 @@ def tokenize(
   is_image = np.zeros(len(ids), bool)
   is_image[len(head) : len(head) + len(images)] = np.array(images, np.int32) == special.image_pad
   return Prompt(ids, tuple((int(h), int(w)) for h, w in image_sizes), is_image, dropped)
+
+
+def with_answer(tokenizer, prompt: Prompt, answer: str, max_tokens: int) -> Prompt:
+  """The prompt and, where both fit into `max_tokens`, the assistant's whole reply with its end token after it."""
+  with _TOKENIZER_LOCK:
+    reply = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+  reply = np.array([*reply, special_ids(tokenizer).im_end], np.int32)
+  if len(prompt.ids) + len(reply) > max_tokens:
+    return prompt
+  ids, is_image = np.concatenate([prompt.ids, reply]), np.concatenate([prompt.is_image, np.zeros(len(reply), bool)])
+  return replace(prompt, ids=ids, is_image=is_image)
 
 
 def positions(prompt: Prompt, num_think_tokens: int) -> np.ndarray:

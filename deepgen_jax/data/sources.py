@@ -31,6 +31,7 @@ class Sample:
   texts: tuple[str, ...]
   target: np.ndarray
   references: tuple[np.ndarray, ...] = ()
+  answer: str = ""  # what a language model should reply; only its own pre-training has one
 
 
 class Source(Protocol):

@@ -1,12 +1,14 @@
 """Pre-training of the tiny DiT: flow matching on generation and edits, with a text encoder of its own.
 
-The text encoder, a small causal decoder over bytes, is thrown away at the end: the base DiT has never seen the VLM or an SCB.
+The text encoder, a small causal decoder over words, is thrown away at the end: the base DiT has never seen the VLM or an SCB.
 No held-out caption or image enters, as source or target.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,31 +16,48 @@ import numpy as np
 
 from deepgen_jax.data import edits, words
 from deepgen_jax.data import emoji as emoji_data
-from deepgen_jax.flow.matching import noised, velocity_loss
-from deepgen_jax.flow.schedule import draw_sigma
+from deepgen_jax.data.retrieval import Retrieval
+from deepgen_jax.flow.matching import euler_sample, guide, noised, velocity_loss
+from deepgen_jax.flow.schedule import draw_sigma, inference_sigmas
 from deepgen_jax.models.deepgen import Conditioning, DeepGen
-from deepgen_jax.models.dit import crop_positions, patchify
-from deepgen_jax.models.layers import Linear
+from deepgen_jax.models.dit import crop_positions, patchify, unpatchify
+from deepgen_jax.models.layers import Linear, rms_norm
 from deepgen_jax.models.text import TextDecoder
 from deepgen_jax.stages.pretrain_vae import Drawn
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights import model_dir
 
 WORDS = 1500  # rendered words that take part
-SORTED = 4  # micro-batches drawn together and dealt by length of text
+MAX_WORDS = 16  # of a text; what is longer loses its end
+SAMPLER_STEPS, GUIDANCE = 10, 2.5  # of the evaluation
 
-BYTE_BUCKETS = (32, 64, 128)
+
+def split(text: str) -> list[str]:
+  """Words of a text; a quoted word is spelled, letter by letter.
+
+  >>> split('the word "UP" in light-blue')
+  ['the', 'word', '"U', '"P', 'in', 'light', 'blue']
+  """
+  pieces = re.findall(r'"[^"]*"|[^\s"-]+', text)
+  return [word for piece in pieces for word in ([f'"{c}' for c in piece[1:-1]] if piece[0] == '"' else [piece.lower()])]
 
 
-def byte_ids(texts) -> tuple[np.ndarray, np.ndarray]:
-  """Texts -> ids int32 [B,T] (0 begins every text, byte b is b + 1) and mask bool [B,T], padded to a bucket."""
-  rows = [np.frombuffer(b"\0" + text.encode(), np.uint8).astype(np.int32) + 1 for text in texts]
-  length = next(b for b in BYTE_BUCKETS if b >= max(map(len, rows)))
-  ids = np.zeros((len(rows), length), np.int32)
-  for row, out in zip(rows, ids):
-    out[: len(row)] = row
-    out[0] = 0
-  return ids, np.arange(length) < np.array([[len(row)] for row in rows])
+class Vocabulary:
+  """Words of the training texts -> ids from 1; 0 begins every text, and stands for a word that none of them has."""
+
+  def __init__(self, texts: Iterable[str]):
+    self._ids = {word: i for i, word in enumerate(sorted({word for text in texts for word in split(text)}), 1)}
+
+  def __len__(self) -> int:
+    return len(self._ids) + 1
+
+  def __call__(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """-> ids int32 [B, MAX_WORDS + 1] and mask bool of that shape."""
+    ids, mask = np.zeros((len(texts), MAX_WORDS + 1), np.int32), np.zeros((len(texts), MAX_WORDS + 1), bool)
+    for row, text in enumerate(texts):
+      found = [self._ids.get(word, 0) for word in split(text)[:MAX_WORDS]]
+      ids[row, 1 : len(found) + 1], mask[row, : len(found) + 1] = found, True
+    return ids, mask
 
 
 class Latents:
@@ -54,45 +73,49 @@ class Latents:
     self.mean, self.logvar = (patchify(np.concatenate([np.asarray(m[k]) for m in moments])) for k in range(2))
 
 
-def make_draw(config, emoji, latents: Latents):
-  """draw(m, size) -> a micro-batch of one task with texts of similar length. Half of the edits are drawn evenly over their
-  kinds.
-  """
-  generation = np.flatnonzero(~emoji.held_out)
-  triplets = edits.training(emoji)
-  by_kind = [[t for t in triplets if t.kind == kind] for kind in sorted({t.kind for t in triplets})]
+class Data:
+  """Draws micro-batches of one task. Half of the edits are drawn evenly over their kinds."""
 
-  def sample(rng, task):
+  def __init__(self, config, emoji, latents: Latents):
+    self._config, self._latents, self._emoji = config, latents, emoji
+    self._generation = np.flatnonzero(~emoji.held_out)
+    self._edits = edits.training(emoji)
+    self._by_kind = [[t for t in self._edits if t.kind == kind] for kind in sorted({t.kind for t in self._edits})]
+    texts = [emoji.captions[i] for i in self._generation] + [words.caption(*word) for word in latents.words]
+    self.vocabulary = Vocabulary(texts + [text for edit in self._edits for text in edit.instructions])
+
+  def draw(self, m: int, size: int) -> dict:
+    """The m-th micro-batch, a pure function."""
+    rng = np.random.default_rng((self._config.seed, m))
+    task = "edit" if rng.random() < self._config.edit_share else "generate"
+    texts, targets, references = (list(column) for column in zip(*(self._sample(rng, task) for _ in range(size))))
+    ids, mask = self.vocabulary(texts)
+    batch = {"ids": ids, "mask": mask, "mean": self._latents.mean[targets], "logvar": self._latents.logvar[targets]}
+    return batch | ({"reference": self._latents.mean[references]} if task == "edit" else {})
+
+  def _sample(self, rng, task) -> tuple[str, int, int]:
     """-> text, index of the target, index of the reference."""
-    drop = rng.random() < config.drop
+    drop = rng.random() < self._config.drop
     if task == "edit":
-      pool = by_kind[rng.integers(len(by_kind))] if rng.random() < 0.5 else triplets
+      pool = self._by_kind[rng.integers(len(self._by_kind))] if rng.random() < 0.5 else self._edits
       edit = pool[rng.integers(len(pool))]
       return "" if drop else edit.instructions[rng.integers(len(edit.instructions))], edit.target, edit.source
-    if rng.random() < config.words_share:
+    if rng.random() < self._config.words_share:
       i = rng.integers(WORDS)
-      return "" if drop else words.caption(*latents.words[i]), len(emoji) + i, -1
-    i = rng.choice(generation)
-    return "" if drop else emoji.captions[i], i, -1
-
-  def draw(m, size):
-    rng = np.random.default_rng((config.seed, m // SORTED))
-    task = "edit" if rng.random() < config.edit_share else "generate"
-    place = rng.permutation(SORTED)[m % SORTED]
-    drawn = sorted((sample(rng, task) for _ in range(size * SORTED)), key=lambda s: len(s[0]))
-    texts, targets, references = (list(column) for column in zip(*drawn[size * place : size * (place + 1)]))
-    ids, mask = byte_ids(texts)
-    batch = {"ids": ids, "mask": mask, "mean": latents.mean[targets], "logvar": latents.logvar[targets]}
-    return batch | ({"reference": latents.mean[references]} if task == "edit" else {})
-
-  return draw
+      return "" if drop else words.caption(*self._latents.words[i]), len(self._emoji) + i, -1
+    i = rng.choice(self._generation)
+    return "" if drop else self._emoji.captions[i], i, -1
 
 
 class TextEncoder:
-  """Bytes -> conditioning of the DiT: a causal decoder of two layers, a head for the context, one for the pooled vector."""
+  """Words -> conditioning of the DiT: a causal decoder of two layers, a head for the context, one for the pooled vector.
 
-  def __init__(self, config):
-    self._decoder = TextDecoder(dataclasses.replace(config.text, vocab_size=257, num_layers=2), (2,), unroll=True)
+  Both are normalised, so that the noise that training adds to them can't be outgrown: the DiT learns to do with conditioning
+  that is only nearly right, as that of a young SCB will be.
+  """
+
+  def __init__(self, config, vocabulary: int):
+    self._decoder = TextDecoder(dataclasses.replace(config.text, vocab_size=vocabulary, num_layers=2), (2,), unroll=True)
     self._heads = {"context": Linear(config.dit.context_size), "pooled": Linear(config.dit.pooled_size)}
     self._hidden = config.text.hidden_size
 
@@ -109,25 +132,31 @@ class TextEncoder:
     positions = jnp.broadcast_to(jnp.arange(mask.shape[1])[None, None], (mask.shape[0], 3, mask.shape[1]))
     (x,) = run("hidden_states", (run("embed", ids),), (positions,), (mask.astype(jnp.int32),))
     average = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
-    head = lambda name, value: self._heads[name].apply({"params": params[name]}, value)
+    head = lambda name, value: rms_norm(self._heads[name].apply({"params": params[name]}, value), jnp.float32(1))
     return Conditioning(head("pooled", average), head("context", x), mask)
+
+
+def _normal(keys, salt: int, shape) -> jax.Array:
+  """[B, *shape], each row from its own key."""
+  return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, salt), shape))(keys)
 
 
 def build(config, mesh) -> Stage:
   """The stage; it reads the VAE and its scale from `config.output`, where it adds the DiT."""
   sizes = model_dir.load_config(config.output)
   model = DeepGen(sizes, unroll=True)
-  encoder = TextEncoder(sizes)
   emoji = emoji_data.prepare(config.data.dir)
-  latents = Latents(model, {"vae": model_dir.load(config.output, ("vae",))["vae"]}, emoji, config.seed)
+  vae = model_dir.load(config.output, ("vae",))
+  latents = Latents(model, vae, emoji, config.seed)
+  data = Data(config, emoji, latents)
+  encoder = TextEncoder(sizes, len(data.vocabulary))
   side = sizes.image_size // sizes.vae.factor // sizes.dit.patch_size
   grid = crop_positions(side, side, sizes.dit)
 
   def loss(params, batch, keys):
     mean, logvar = batch["mean"], batch["logvar"]
-    normal = lambda salt: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, salt), mean.shape[1:]))(keys)
-    target = model.scale(mean + jnp.exp(0.5 * logvar) * normal(0))
-    noise = normal(1)
+    target = model.scale(mean + jnp.exp(0.5 * logvar) * _normal(keys, 0, mean.shape[1:]))
+    noise = _normal(keys, 1, mean.shape[1:])
     sigma = jax.vmap(lambda key: draw_sigma(jax.random.fold_in(key, 2), sizes.scheduler))(keys)
     mask = jnp.ones(mean.shape[:2], bool)
     positions = jnp.broadcast_to(grid, (len(mean), *grid.shape))
@@ -135,22 +164,51 @@ def build(config, mesh) -> Stage:
     if "reference" in batch:
       references = {"tokens": model.scale(batch["reference"]), "positions": positions, "mask": mask}
     cond = encoder(params["text_encoder"], batch["ids"], batch["mask"])
+    if config.condition_noise:
+      disturb = lambda x, salt: x + config.condition_noise * _normal(keys, salt, x.shape[1:])
+      cond = cond.replace(pooled=disturb(cond.pooled, 3), context=disturb(cond.context, 4))
     prepared = model.prepare(params, cond, {"positions": positions, "mask": mask}, references)
     velocity = model.velocity(params, noised(target, noise, sigma), 1000 * sigma, prepared)
     losses = velocity_loss(velocity, target, noise, mask)
     return losses, {"edit_loss" if references else "generate_loss": losses.mean()}
 
   held_out = np.flatnonzero(emoji.held_out)
-  ids, mask = byte_ids([emoji.captions[i] for i in held_out])
+  texts = [emoji.captions[i] for i in held_out]
+  ids, mask = data.vocabulary(texts)
   judged = {"ids": ids, "mask": mask, "mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
   judge_keys = jax.random.split(jax.random.key(1), len(held_out))
   judge = jax.jit(lambda params: loss(params, judged, judge_keys)[0].mean())
+  retrieval = Retrieval(emoji.images())
 
+  @jax.jit
+  def sample(params, ids, mask):
+    """Held-out captions with the text encoder of this stage: what alignment can hope for."""
+    count = len(ids) // 2
+    positions = jnp.broadcast_to(grid, (2 * count, *grid.shape))
+    target = {"positions": positions, "mask": jnp.ones(positions.shape[:2], bool)}
+    prepared = model.prepare(params, encoder(params["text_encoder"], ids, mask), target)
+
+    def velocity(x, timestep):
+      v = model.velocity(params, jnp.concatenate([x, x]), jnp.full((2 * count,), timestep), prepared)
+      return guide(*reversed(jnp.split(v, 2)), GUIDANCE)
+
+    noise = jax.random.normal(jax.random.key(2), (count, side * side, sizes.dit.patch_dim))
+    tokens = euler_sample(velocity, noise, inference_sigmas(sizes.scheduler, SAMPLER_STEPS))
+    return model.decode(vae, unpatchify(tokens, 2 * side, 2 * side))
+
+  def evaluate(params, step):
+    made = np.asarray(sample(params, *data.vocabulary([""] * len(texts) + texts)))
+    made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
+    scores = {f"heldout_{name}": value for name, value in retrieval.recall(made, held_out).items()}
+    pairs = np.concatenate([emoji.images()[held_out[:32]], made[:32]], axis=2)
+    shown = pairs.reshape(8, 4, *pairs.shape[1:]).transpose(0, 2, 1, 3, 4).reshape(8 * pairs.shape[1], -1, 3)
+    return Report({"heldout_loss": float(judge(params))} | scores, {"generated": shown})
+
+  @jax.jit
   def init():
     key = jax.random.key(config.seed)
     return {"text_encoder": encoder.init(key), **model.init(key, ("dit",))}
 
   finish = lambda params: model_dir.save(config.output, sizes, {"dit": params["dit"]}, dtype=np.float16)
-  evaluate = lambda params, step: Report({"heldout_loss": float(judge(params))})
-  draw = make_draw(config, emoji, latents)
-  return Stage(init, loss, Drawn(config.data.batch_size, draw), lambda params, batch: [batch], evaluate, finish)
+  batches = Drawn(config.data.batch_size, data.draw)
+  return Stage(init, loss, batches, lambda params, batch: [batch], evaluate, finish)

@@ -1,6 +1,7 @@
-"""Pre-training of the tiny VLM: next-token prediction on texts and, after an image, on its caption. Nothing else.
+"""Pre-training of the tiny VLM: captioning and next-token prediction, in the prompt templates that it meets later.
 
-Texts come in the prompt templates that the model meets later. No held-out caption or image enters.
+After a prompt for an image the reply repeats the caption, so that what follows a prompt learns to look back at it, as think
+tokens will have to. No held-out caption or image enters.
 """
 
 from __future__ import annotations
@@ -20,21 +21,31 @@ from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights import model_dir
 
+DESCRIBE = ("Describe the image.", "What is this?")
 
-class Captions:
-  """Captioning for the VLM as samples of the edit format: an emoji or a rendered word, and the text that names it."""
 
-  task, name = "edit", "captions"
+class Dialogues:
+  """Samples of another source with a reply: the caption is repeated after a prompt for an image, or named after an image.
 
-  def __init__(self, source):
-    self._source = source
+  kind "repeat": template + caption -> caption. "describe": image -> caption. "result": image and instruction -> the caption
+  of what the edit leads to.
+  """
+
+  def __init__(self, source, kind: str):
+    self.name, self.task, self._source, self._kind = f"{source.name}, {kind}", "edit", source, kind
+    if kind == "repeat":
+      self.task = "generate"
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Sample:
     sample = self._source[index]
-    return Sample("edit", tuple(f"This is {text}." for text in sample.texts), sample.target, (sample.target,))
+    if self._kind == "describe":
+      return Sample("edit", DESCRIBE, sample.target, (sample.target,), sample.texts[0])
+    if self._kind == "result":
+      return dataclasses.replace(sample, answer=self._source.emoji.captions[self._source.edits[index].target])
+    return dataclasses.replace(sample, answer=sample.texts[0])
 
 
 def build(config, mesh) -> Stage:
@@ -47,18 +58,24 @@ def build(config, mesh) -> Stage:
   image_pad = special_ids(tokenizer).image_pad
 
   def sources(held_out):
-    pictures = EmojiGeneration(emoji, held_out=held_out)
+    pictures, written = EmojiGeneration(emoji, held_out), RenderedWords(held_out)
     return {
-      "generate": [(pictures, 0.8), (RenderedWords(held_out), 0.2)],
+      "generate": [(Dialogues(pictures, "repeat"), 0.85), (Dialogues(written, "repeat"), 0.15)],
       "edit": [
-        (Captions(pictures), 0.6),
-        (Captions(RenderedWords(held_out)), 0.1),
-        (EmojiEdits(emoji, held_out=held_out), 0.3),
+        (Dialogues(pictures, "describe"), 0.4),
+        (Dialogues(written, "describe"), 0.1),
+        (Dialogues(EmojiEdits(emoji, held_out), "result"), 0.5),
       ],
     }
 
   spec = DataSpec(
-    tuple(config.data.pattern), config.data.batch_size, 64, TINY.scb.num_think_tokens, (64, 96, 128), 0.0, seed=config.seed
+    pattern=tuple(config.data.pattern),
+    batch_size=config.data.batch_size,
+    image_size=TINY.image_size,
+    num_think_tokens=TINY.scb.num_think_tokens,
+    text_buckets=(128,),
+    caption_dropout=0.0,
+    seed=config.seed,
   )
   batches = MicroBatches(spec, sources(False), tokenizer)
 
@@ -87,7 +104,7 @@ def build(config, mesh) -> Stage:
     losses = {judged.task(m): float(judge(params, prepare(params, judged.batch(m))[0])) for m in range(len(spec.pattern))}
     return Report({f"heldout_{task}_nll": value for task, value in losses.items()})
 
-  init = lambda: model.init(jax.random.key(config.seed), ("vlm",))
+  init = lambda: jax.jit(lambda key: model.init(key, ("vlm",)))(jax.random.key(config.seed))
   finish = lambda params: model_dir.save(
     config.output, model_dir.load_config(config.output), params, tokenizer, dtype=np.float16
   )

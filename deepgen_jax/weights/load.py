@@ -1,5 +1,5 @@
-"""Opens whatever `--model` and `config.init` take: a model directory, a training workdir, or "tiny", the base that is
-shipped.
+"""Opens whatever `--model` and `config.init` take: a model directory, a training workdir, a diffusers-format folder, or "tiny",
+the base that is shipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from deepgen_jax import checkpoint, sharding
 from deepgen_jax.errors import UserError
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import DeepGenConfig
-from deepgen_jax.weights import model_dir
+from deepgen_jax.weights import diffusers, model_dir
 
 TINY = epath.Path(__file__).parent.parent / "assets" / "tiny"
 
@@ -23,7 +23,9 @@ def resolve(path) -> epath.Path:
   """The folder that a model path names; "tiny" is the shipped base. Raises UserError if it doesn't exist."""
   folder = TINY if str(path) == "tiny" else epath.Path(path)
   if not folder.is_dir():
-    raise UserError(f"model {str(path)!r}: no such folder; give a model directory, a training workdir or 'tiny'")
+    raise UserError(
+      f"model {str(path)!r}: no such folder; give a model directory, a training workdir, a diffusers folder or 'tiny'"
+    )
   return folder
 
 
@@ -36,9 +38,12 @@ def load_model(path, base=None, weights: str = "ema", parts: Sequence[str] = mod
   folder = resolve(path)
   if model_dir.is_model_dir(folder):
     return _load_directory(folder, parts)
+  if diffusers.is_diffusers_dir(folder):
+    return diffusers.load(folder, parts)
   if not (folder / "config.json").exists() or not (folder / "checkpoints").exists():
     raise UserError(
-      f"model {str(path)!r} is neither a model directory (model.json) nor a training workdir (config.json, checkpoints/)"
+      f"model {str(path)!r} is neither a model directory (model.json), nor a training workdir (config.json, checkpoints/), "
+      "nor a diffusers folder (model_index.json, transformer/)"
     )
   config = json.loads((folder / "config.json").read_text())
   trained = checkpoint.load_trained(folder, weights)
