@@ -17,11 +17,15 @@ def get_config(size: str = "tiny") -> ConfigDict:
   c.trainable = [(".*", True)]  # path regex -> trains; first match wins, no match is an error
   c.dtype = "auto"  # compute dtype: bfloat16 on TPU and GPU, float32 on CPU
   c.unroll = tiny  # write scans over layers out: faster on CPU, slow to compile at full size
+  c.max_programs = 16  # compiled train steps: tasks x reference counts x text buckets
   c.max_nonfinite = 10  # updates in a row with a non-finite loss before the run stops
+  # how training draws sigma: "none" (uniform over the shifted grid) or "logit_normal"
+  c.timesteps = ConfigDict({"weighting": "none", "logit_mean": 0.0, "logit_std": 1.0})
   c.lora = ConfigDict({"targets": [], "rank": 64, "alpha": 128.0, "dropout": 0.05})  # targets: path regexes
   c.optim = ConfigDict(
     {
       "lr": 1e-4,
+      "lr_groups": [],  # path regex -> factor on lr; first match wins; empty: 1 everywhere
       "warmup": 0.01,  # fraction of all updates
       "schedule": "cosine",
       "betas": (0.9, 0.95),
@@ -37,7 +41,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
       "weights": {"emoji": 0.9, "words": 0.1, "edits": 1.0},  # sources of the embedded set; weights count inside a task
       "batch_size": 8 if tiny else 256,  # samples of a micro-batch, all devices together
       "pattern": ("generate",),  # tasks of the micro-batches of one update
-      "text_buckets": (64, 96, 128) if tiny else (64, 128, 256, 512, 1024),
+      "text_buckets": (116, 256) if tiny else (64, 128, 256, 512, 1024),  # tiny: every emoji prompt fits the first
       "caption_dropout": 0.1,
       "token_multiple": 16 if tiny else 128,  # image tokens are padded to a multiple of this
       "cache_images": 20_000 if tiny else 0,  # encoded images kept in memory
@@ -47,6 +51,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1} if tiny else {"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills
   c.checkpoint = ConfigDict({"every": 500, "keep": 2})
   c.log = ConfigDict({"every": 10})
-  c.eval = ConfigDict({"every": 500, "samples": 225, "pictures": True})  # updates (0: never), held-out samples of a task
+  # every: updates (0: never); samples: held-out ones of a task that are judged; pictures: grids of what the weights make
+  c.eval = ConfigDict({"every": 500, "samples": 225, "pictures": True})
   c.profile = ""  # "START:END": a trace of these updates goes to WORKDIR/profile
   return c

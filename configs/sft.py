@@ -1,6 +1,6 @@
 """Stage 2, joint supervised fine-tuning: SCB, think tokens, the whole DiT, and LoRA on the VLM.
 
-python -m deepgen_jax.train --config configs/sft.py:tiny --workdir runs/sft --config.init=runs/align     2 cores
+python -m deepgen_jax.train --config configs/sft.py:tiny --workdir runs/sft --config.init=runs/align     2 cores, @SFT@
 python -m deepgen_jax.train --config configs/sft.py:full --workdir gs://... --config.init=gs://.../align  not measured yet
 
 `full` follows the reference's config; its 400,000 micro-iterations are 133,333 updates here. Departure: LoRA sits where a
@@ -8,6 +8,7 @@ gradient arrives (the decoder layers that SCB reads and the embedding), not on t
 """
 
 from configs import common
+from configs.align import LR_GROUPS
 
 LORA_TARGETS = [
   r"vlm/text/segments_[0-5]/(q|k|v|out|gate|up|down)/kernel",  # the layers up to the last one that SCB reads
@@ -26,8 +27,9 @@ def get_config(size: str = "tiny"):
   if size == "tiny":
     c.init = "runs/align"
     c.lora.rank, c.lora.alpha, c.lora.dropout = 8, 16.0, 0.0  # dropout costs a tenth of the step here
-    c.optim.lr = 1e-3  # a small model, few updates
+    c.optim.lr, c.optim.warmup, c.optim.lr_groups = 3e-3, 0.05, LR_GROUPS
     c.optim.ema = 0.98
-    c.steps = 400
-    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 200, 2, 100
+    c.timesteps.weighting, c.timesteps.logit_mean = "logit_normal", 1.0
+    c.steps = 180
+    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 90, 2, 90
   return c

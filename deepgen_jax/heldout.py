@@ -13,6 +13,7 @@ import numpy as np
 
 from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.sources import Source
+from deepgen_jax.errors import UserError
 from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.pipeline import DeepGenPipeline
@@ -27,6 +28,8 @@ class HeldOut:
   """The first `count` samples of each task's source, in batches of 25 (a rest is left out)."""
 
   def __init__(self, model: DeepGen, tokenizer, sources: Mapping[str, Source], count: int):
+    if count < BATCH:
+      raise UserError(f"config.eval.samples is {count}; held-out samples are judged in batches of {BATCH}: give at least that")
     config = model.config
     self._model, self._encoder = model, ImageEncoder(model, cache=10 * count)
     spec = DataSpec(image_size=config.image_size, num_think_tokens=config.scb.num_think_tokens, text_buckets=(128, 1024))

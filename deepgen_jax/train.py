@@ -61,7 +61,7 @@ def train(config, workdir: epath.Path) -> None:
   samples = stage.batches.iterate(data_state["micro_batches"])
   stop = _stop_on_signal()
   pending = None  # (update, metrics on the device): fetched one update late, so that the device never waits for the host
-  listed = 0
+  listed, programs = 0, set()
   try:
     # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
     # weights of the update that its row names. Metrics are read after the next update has been dispatched.
@@ -71,6 +71,7 @@ def train(config, workdir: epath.Path) -> None:
       profiler.at(done)
       for _ in range(accumulate):
         for batch in stage.prepare(sharding.merge(state.params, frozen), next(samples)):
+          _count_program(programs, batch, config.max_programs)
           state, metrics = step(state, frozen, put(batch), rng)
       done += 1
       if pending:
@@ -94,6 +95,16 @@ def train(config, workdir: epath.Path) -> None:
     log.close()
     if held:
       held.close()
+
+
+def _count_program(programs: set, batch: dict, limit: int) -> None:
+  """Every new shape of a batch compiles a program: too many are a mistake in the data's buckets, not a slow start."""
+  programs.add(tuple((jax.tree_util.keystr(path), x.shape) for path, x in jax.tree_util.tree_leaves_with_path(batch)))
+  if len(programs) > limit:
+    raise UserError(
+      f"the train step would compile more than {limit} programs (config.max_programs), one for each task, number of references "
+      "and text bucket. Use fewer or larger config.data.text_buckets, or a larger config.data.token_multiple."
+    )
 
 
 def _weights(state):

@@ -9,10 +9,11 @@ cd "$(dirname "$0")/.."
 bash launch/setup.sh demo
 python=${VENV:-.venv}/bin/python
 
-output=runs/quickstart training=() evaluation=()
+output=runs/quickstart evaluation=(--edits 250)
+training=(--config.eval.pictures=false --config.eval.samples=75) # what is scored below, needn't be drawn on the way
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
   output=runs/quickstart-$QUICKSTART_STEPS
-  training=("--config.steps=$QUICKSTART_STEPS")
+  training+=("--config.steps=$QUICKSTART_STEPS")
   evaluation=(--edits 25 --steps 2)
 fi
 

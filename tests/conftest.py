@@ -5,6 +5,8 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -40,3 +42,23 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section("skipped, which counts as failed: install what they miss (launch/test.sh)", red=True)
     for line in lines:
       terminalreporter.line(line)
+
+
+@pytest.fixture(scope="session")
+def emoji_dir(tmp_path_factory):
+  """Where the emoji set is built, once for all tests."""
+  return tmp_path_factory.mktemp("emoji")
+
+
+@pytest.fixture(scope="session")
+def emoji(emoji_dir):
+  from deepgen_jax.data import emoji as emoji_data
+
+  return emoji_data.prepare(emoji_dir)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+  from deepgen_jax.data.tokens import build_tiny_tokenizer
+
+  return build_tiny_tokenizer()

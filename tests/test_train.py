@@ -34,7 +34,14 @@ def align(base, tmp_path_factory):
   data = tmp_path_factory.mktemp("data")
 
   def run(workdir, steps, *overrides, config="align"):
-    small = {"data.text_buckets": "(128,)", "unroll": "false", "eval.samples": 8, "log.every": 1, "checkpoint.every": 2}
+    small = {
+      "data.text_buckets": "(128,)",
+      "unroll": "false",
+      "eval.samples": 25,
+      "eval.pictures": "false",
+      "log.every": 1,
+      "checkpoint.every": 2,
+    }
     small |= {"data.dir": data, "init": base, "steps": steps}
     options = [f"--config.{key}={value}" for key, value in small.items()]
     argv = ["--config", f"configs/{config}.py:tiny", "--workdir", str(workdir), *options, *overrides]

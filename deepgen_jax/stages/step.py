@@ -44,7 +44,10 @@ class TrainState:
 
 
 def make_optimizer(optim, steps: int) -> tuple[optax.GradientTransformation, Callable]:
-  """AdamW with linear warm-up (a fraction `warmup` of all updates) and cosine decay to zero; -> (optimizer, schedule(step))."""
+  """AdamW with linear warm-up (a fraction `warmup` of all updates) and cosine decay to zero; -> (optimizer, schedule(step)).
+
+  `lr_groups`, a table path regex -> factor, multiplies the learning rate (and with it the decay); empty: 1 everywhere.
+  """
   warmup = max(1, round(optim.warmup * steps))
   if optim.schedule == "cosine":
     schedule = optax.warmup_cosine_decay_schedule(optim.lr * 1e-5, optim.lr, warmup, max(steps, warmup + 1))
@@ -52,7 +55,12 @@ def make_optimizer(optim, steps: int) -> tuple[optax.GradientTransformation, Cal
     schedule = optax.warmup_constant_schedule(optim.lr * 1e-5, optim.lr, warmup)
   decay = lambda params: sharding.map_paths(lambda path, _: sharding.lookup(DECAY, path, "weight decay"), params)
   b1, b2 = optim.betas
-  return optax.adamw(schedule, b1, b2, weight_decay=optim.weight_decay, mask=decay), schedule
+  optimizer = optax.adamw(schedule, b1, b2, weight_decay=optim.weight_decay, mask=decay)
+  if optim.lr_groups:
+    factor = lambda path: sharding.lookup(optim.lr_groups, path, "config.optim.lr_groups")
+    grouped = lambda updates, _: sharding.map_paths(lambda path, update: update * factor(path), updates)
+    optimizer = optax.chain(optimizer, optax.stateless(grouped))
+  return optimizer, schedule
 
 
 def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:

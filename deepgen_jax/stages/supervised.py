@@ -51,7 +51,7 @@ def build(config, mesh) -> Stage:
     return params
 
   def loss(params, batch, keys):
-    losses = sample_loss(model, params, batch, keys, joint=joint)
+    losses = sample_loss(model, params, batch, keys, joint=joint, **config.timesteps)
     return losses, {"edit_loss" if "references" in batch else "generate_loss": losses.mean()}
 
   held_out = None if config.data.folder else HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples)

@@ -88,3 +88,13 @@ def test_positions_match_transformers(tokenizer, sizes):
   grid = torch.tensor([[1, h // 16, w // 16] for h, w in sizes]) if sizes else None  # patches: 14 pixels at 28/32 of the size
   expected, _ = model.get_rope_index(ids, mm_token_type_ids=kinds, image_grid_thw=grid)
   np.testing.assert_array_equal(prompts.positions(prompt, 5), expected[:, 0].numpy())
+
+
+def test_an_answer_follows_the_prompt_or_is_left_out(tokenizer):
+  prompt = prompts.tokenize(tokenizer, "edit", "make it red", [(64, 32)])
+  answered = prompts.with_answer(tokenizer, prompt, "a red apple", len(prompt.ids) + 12)
+  whole = "a red apple<|im_end|>"
+  assert tokenizer.decode(answered.ids[len(prompt.ids) :]) == whole
+  np.testing.assert_array_equal(answered.ids[: len(prompt.ids)], prompt.ids)
+  assert answered.is_image.sum() == 2 and len(answered.is_image) == len(answered.ids)
+  assert prompts.with_answer(tokenizer, prompt, "a red apple", len(prompt.ids) + 11) is prompt

@@ -11,7 +11,9 @@ from deepgen_jax import sharding
 from deepgen_jax.errors import UserError
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step, sample_keys
 
-OPTIM = ConfigDict({"lr": 0.1, "warmup": 0.0, "schedule": "constant", "betas": (0.9, 0.95), "weight_decay": 0.05, "clip": 1.0})
+OPTIM = ConfigDict(
+  {"lr": 0.1, "lr_groups": [], "warmup": 0.0, "schedule": "constant", "betas": (0.9, 0.95), "weight_decay": 0.05, "clip": 1.0}
+)
 
 
 def linear_loss(params, batch, keys):
@@ -115,3 +117,21 @@ def test_partition_and_merge_are_inverse_and_every_path_needs_a_row():
   jax.tree.map(np.testing.assert_array_equal, sharding.merge(trainable, frozen), params)
   with pytest.raises(UserError, match="gain/scale"):
     sharding.partition(params, [("fc1/.*", True)])
+
+
+def test_learning_rate_groups_multiply_the_rate(setup):
+  """A tenth of the rate gives a tenth of the change, decay included; a path without a row is an error."""
+  _, fresh, frozen = setup
+  changes = {}
+  for factor in (1.0, 0.1):
+    optim = ConfigDict({**OPTIM, "lr_groups": [["fc1/kernel", factor], [".*", 1.0]]})
+    optimizer, schedule = make_optimizer(optim, 100)
+    step = make_train_step(linear_loss, optimizer, schedule, accumulate=1, clip=1.0, ema_decay=0.0)
+    start = init_state(fresh().params, optimizer, ema=False)
+    end, _ = step(start, frozen, make_batch(0), jax.random.key(0))
+    changes[factor] = jax.tree.map(lambda a, b: a - b, end.params, start.params)["fc1"]
+  np.testing.assert_allclose(changes[0.1]["kernel"], 0.1 * changes[1.0]["kernel"], rtol=1e-3)
+  np.testing.assert_array_equal(changes[0.1]["bias"], changes[1.0]["bias"])
+  optimizer, _ = make_optimizer(ConfigDict({**OPTIM, "lr_groups": [["fc1/kernel", 1.0]]}), 100)
+  with pytest.raises(UserError, match=r"config.optim.lr_groups: no row matches .*fc1/bias"):
+    optimizer.update(fresh().params, optimizer.init(fresh().params), fresh().params)
