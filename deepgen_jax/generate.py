@@ -24,7 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     epilog='example: python -m deepgen_jax.generate --model runs/sft --prompt "make it green" --image in.png --output out.png',
     allow_abbrev=False,
   )
-  parser.add_argument("--model", required=True, metavar="DIR", help="model directory, training workdir or 'tiny'")
+  parser.add_argument("--model", required=True, metavar="DIR", help="model directory, training workdir or diffusers folder")
   parser.add_argument("--prompt", required=True, metavar="TEXT")
   parser.add_argument("--image", nargs="+", default=[], metavar="FILE", help="reference images, in order")
   parser.add_argument("--negative_prompt", default="", metavar="TEXT")
@@ -59,6 +59,8 @@ def check(arguments) -> None:
     raise UserError(f"--output {arguments.output}: name a .png, .jpg or .webp file")
   if output.is_dir():
     raise UserError(f"--output {arguments.output} is a folder")
+  if blocker := next((parent for parent in output.parents if parent.exists() and not parent.is_dir()), None):
+    raise UserError(f"--output {arguments.output}: {blocker} is a file, not a folder")
 
 
 def output_files(output: str, count: int) -> list[epath.Path]:

@@ -113,7 +113,7 @@ def test_file_formats(run, model, tmp_path):
     ({"--model": "workdir"}, "has no complete checkpoint yet"),
     ({"--output": "out.gif"}, "name a .png, .jpg or .webp file"),
     ({"--output": "empty"}, "name a .png, .jpg or .webp file"),
-    ({"--output": "broken.png/out.png"}, "can't write"),
+    ({"--output": "broken.png/out.png"}, "is a file, not a folder"),
     ({"--weights": "best"}, "--weights"),
     ({"--steps": "many"}, "--steps"),
   ],
