@@ -9,6 +9,10 @@ cd "$(dirname "$0")/.."
 bash launch/setup.sh demo
 python=${VENV:-.venv}/bin/python
 
+# Two devices share a batch, and huge pages spare the kernel's work on fresh memory: 30 -> 40 images/s in stage 1 on 2 cores.
+export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
+
 output=runs/quickstart evaluation=(--edits 250)
 training=(--config.eval.pictures=false --config.eval.samples=75) # what is scored below, needn't be drawn on the way
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
