@@ -1,9 +1,18 @@
 """Pre-trains the parts of the tiny base, one after the other, from nothing but training emoji and rendered words.
 
-bash launch/pretrain_tiny.sh                                                              all three; the cost stands there
+bash launch/pretrain_tiny.sh                                                              all three
 python -m deepgen_jax.train --config configs/pretrain_tiny.py:vae --workdir runs/pretrain/vae
 python -m deepgen_jax.train --config configs/pretrain_tiny.py:vlm --workdir runs/pretrain/vlm
 python -m deepgen_jax.train --config configs/pretrain_tiny.py:dit --workdir runs/pretrain/dit     reads the VAE from `output`
+
+The weights that ship, on two cores (VAE and VLM side by side, one core each; other work ran beside all three):
+
+    part  parameters  updates x samples  minutes  on what is held out
+    vae    1.0 M       3,000 x 8         32       25.1 dB PSNR
+    vlm    2.6 M       1,200 x 32        39       0.155 nats a token (captions), 0.168 (images, edits)
+    dit    3.7 M      12,500 x 32        67       loss 0.229; R@1 61 %, R@5 90 % of captions, with its own text encoder
+
+Departure of that DiT from this file: its learning rate was on its way to zero at update 15,000 until update 9,132.
 """
 
 from configs import common
@@ -24,7 +33,7 @@ def get_config(part: str):
     c.data.pattern = ("edit", "generate")
     c.optim.lr = 2e-3
   elif part == "dit":
-    c.steps, c.data.batch_size = 7000, 32
+    c.steps, c.data.batch_size = 12_500, 32
     c.edit_share = 0.35  # of micro-batches
     c.words_share = 0.1  # of generation
     c.drop = 0.1  # texts left out, for guidance

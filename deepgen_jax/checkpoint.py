@@ -29,17 +29,23 @@ def flat(tree) -> dict:
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
+def _folder(workdir) -> epath.Path:
+  """Where a workdir keeps its checkpoints; Orbax wants absolute paths."""
+  folder = epath.Path(workdir) / "checkpoints"
+  return folder if "://" in os.fspath(folder) else folder.resolve()
+
+
 class Checkpointer:
   """Saves and restores (TrainState, data state) in `workdir/checkpoints`."""
 
   def __init__(self, workdir: epath.Path, every: int, keep: int):
     options = ocp.CheckpointManagerOptions(save_interval_steps=every, max_to_keep=keep)
-    self._manager = ocp.CheckpointManager(workdir / "checkpoints", options=options)
+    self._manager = ocp.CheckpointManager(_folder(workdir), options=options)
     self._every = every
 
   def maybe_save(self, step: int, state, data_state: dict, force: bool = False) -> bool:
     """Saves after `every` updates (or at once with force); True when it did."""
-    if step in self._manager.all_steps() or (step == 0 and not force):
+    if step in self._manager.all_steps() or ((step == 0 or step % self._every) and not force):
       return False
     args = ocp.args.Composite(state=ocp.args.StandardSave(flat(state)), data=ocp.args.JsonSave(data_state))
     return self._manager.save(step, args=args, force=force)
@@ -100,7 +106,7 @@ def load_trained(workdir: epath.Path, weights: str = "ema") -> dict:
   """The trained leaves {parameter path: numpy array} of a workdir's newest checkpoint: EMA where it is kept, unless `weights`
   is "raw".
   """
-  with ocp.CheckpointManager(epath.Path(workdir) / "checkpoints") as manager:
+  with ocp.CheckpointManager(_folder(workdir)) as manager:
     step = manager.latest_step()
     if step is None:
       raise UserError(f"workdir {workdir} has no complete checkpoint yet")

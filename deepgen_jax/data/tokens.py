@@ -54,6 +54,7 @@ def byte_alphabet() -> list[str]:
 
 def build_tiny_tokenizer():
   """A transformers Qwen2 tokenizer with 270 entries (the tiny model's vocabulary has 272); padding on the right."""
+  _without_advice()
   from transformers import AddedToken, Qwen2Tokenizer
 
   vocab = {token: i for i, token in enumerate([*byte_alphabet(), *SPECIAL_TOKENS])}
@@ -69,6 +70,7 @@ def load_tokenizer(path: str | os.PathLike):
 
   Raises UserError if the folder isn't there, can't be read, or lacks a token that the prompts need.
   """
+  _without_advice()
   from transformers import AutoTokenizer
 
   folder = epath.Path(path)
@@ -90,6 +92,11 @@ def special_ids(tokenizer) -> SpecialIds:
     if name != found:
       raise UserError(f"the tokenizer has no {name}: it is not a Qwen2.5-VL tokenizer. Use the model's own tokenizer/.")
   return SpecialIds(*ids)
+
+
+def _without_advice() -> None:
+  """transformers would advise to install PyTorch, which nothing here needs."""
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def _local(folder: epath.Path) -> epath.Path:
