@@ -1,7 +1,9 @@
 """Stage 1, alignment pre-training: SCB and think tokens learn to speak for a frozen VLM to a frozen DiT.
 
-python -m deepgen_jax.train --config configs/align.py:tiny --workdir runs/align     2 cores, @ALIGN@
+python -m deepgen_jax.train --config configs/align.py:tiny --workdir runs/align     2 cores, 4.5 min
 python -m deepgen_jax.train --config configs/align.py:full --workdir gs://...       not measured yet
+
+Measured, tiny: held-out loss 1.203 -> 0.460 in 270 updates; retrieval stands in README.md.
 
 `full` follows the paper's Table 9 and the reference's config; its 200,000 micro-iterations are 50,000 updates here.
 `tiny` departs where few updates must do: higher rates, with less for the linears whose input isn't normalised, and times drawn

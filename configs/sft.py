@@ -1,7 +1,9 @@
 """Stage 2, joint supervised fine-tuning: SCB, think tokens, the whole DiT, and LoRA on the VLM.
 
-python -m deepgen_jax.train --config configs/sft.py:tiny --workdir runs/sft --config.init=runs/align     2 cores, @SFT@
+python -m deepgen_jax.train --config configs/sft.py:tiny --workdir runs/sft --config.init=runs/align     2 cores, 4.5 min
 python -m deepgen_jax.train --config configs/sft.py:full --workdir gs://... --config.init=gs://.../align  not measured yet
+
+Measured, tiny: held-out loss 0.460 -> 0.419 in 180 updates; retrieval stands in README.md.
 
 `full` follows the reference's config; its 400,000 micro-iterations are 133,333 updates here. Departure: LoRA sits where a
 gradient arrives (the decoder layers that SCB reads and the embedding), not on the vision tower, the last layer and the head.

@@ -14,7 +14,7 @@ import os
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from deepgen_jax import sharding
 from deepgen_jax.errors import UserError
@@ -106,10 +106,14 @@ def load_trained(workdir: epath.Path, weights: str = "ema") -> dict:
   """The trained leaves {parameter path: numpy array} of a workdir's newest checkpoint: EMA where it is kept, unless `weights`
   is "raw".
   """
-  with ocp.CheckpointManager(_folder(workdir)) as manager:
+  handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+  with ocp.CheckpointManager(_folder(workdir), item_handlers=handlers) as manager:
     step = manager.latest_step()
     if step is None:
       raise UserError(f"workdir {workdir} has no complete checkpoint yet")
-    leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))["state"]
+    here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh wrote it
+    stored = manager.item_metadata(step)["state"]
+    target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in stored.items()}
+    leaves = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target)))["state"]
   kind = "ema" if weights == "ema" and any(name.startswith("ema/") for name in leaves) else "params"
   return {name.removeprefix(f"{kind}/"): jax.device_get(leaf) for name, leaf in leaves.items() if name.startswith(f"{kind}/")}

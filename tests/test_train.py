@@ -1,7 +1,9 @@
 """The loop through its command: it trains, resumes bit for bit, keeps what it must and refuses what it should."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,7 +46,8 @@ def align(base, tmp_path_factory):
     }
     small |= {"data.dir": data, "init": base, "steps": steps}
     options = [f"--config.{key}={value}" for key, value in small.items()]
-    argv = ["--config", f"configs/{config}.py:tiny", "--workdir", str(workdir), *options, *overrides]
+    # A relative path, as people type it.
+    argv = ["--config", f"configs/{config}.py:tiny", "--workdir", os.path.relpath(workdir), *options, *overrides]
     arguments, changed = train.parse_arguments(argv)
     train.train(train.load_config(arguments.config, changed), epath.Path(arguments.workdir))
     return epath.Path(workdir)
@@ -104,6 +107,19 @@ def test_sft_trains_the_dit_and_lora_and_can_be_loaded(whole, align, tmp_path):
   np.testing.assert_array_equal(q.kernel, before["vlm"]["text"]["segments_0"]["q"]["kernel"])
   assert np.abs(q.b).max() > 0 and q.scale == 2.0
   jax.tree.map(np.testing.assert_array_equal, after["vlm"]["vision"], before["vlm"]["vision"])
+
+
+def test_a_workdir_opens_on_other_devices(whole):
+  """Written on eight devices, read where there is one."""
+  code = (
+    "import sys, jax, numpy as np; from deepgen_jax import checkpoint; assert len(jax.devices()) == 1\n"
+    "leaves = checkpoint.load_trained(sys.argv[1]); print(sum(float(np.abs(x).sum()) for x in leaves.values()))"
+  )
+  alone = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+  run = subprocess.run([sys.executable, "-c", code, str(whole)], env=alone, capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  here = sum(float(np.abs(x).sum()) for x in checkpoint.load_trained(whole).values())
+  assert float(run.stdout) == pytest.approx(here, rel=1e-6)
 
 
 def test_another_config_is_refused_and_nothing_is_written(whole, align):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,19 @@ class Vocabulary:
     return ids, mask
 
 
+def spread(mask: np.ndarray, slots: int, rng: np.random.Generator) -> dict:
+  """Deals the words of each text to context slots: every word once, then words again or the beginning, up to a drawn count.
+
+  mask bool [B, T], where the beginning and the words are; -> "slots" int32 [B, slots], places in T, and "slot_mask" bool. An
+  SCB sends a token for every byte of a prompt and every think token: the DiT must not mind how many say the same, or nothing.
+  """
+  count = mask.sum(1)
+  places = np.where(rng.random((len(mask), slots)) < 0.5, 0, rng.integers(0, count[:, None], (len(mask), slots)))
+  own = np.arange(slots)[None]
+  places = np.where(own < count[:, None], own, places).astype(np.int32)
+  return {"slots": places, "slot_mask": own < rng.integers(count, slots + 1)[:, None]}
+
+
 class Latents:
   """Posterior moments of all images that take part, as tokens: emoji by index, then rendered words."""
 
@@ -91,6 +104,7 @@ class Data:
     texts, targets, references = (list(column) for column in zip(*(self._sample(rng, task) for _ in range(size))))
     ids, mask = self.vocabulary(texts)
     batch = {"ids": ids, "mask": mask, "mean": self._latents.mean[targets], "logvar": self._latents.logvar[targets]}
+    batch |= spread(mask, self._config.context_slots, rng)
     return batch | ({"reference": self._latents.mean[references]} if task == "edit" else {})
 
   def _sample(self, rng, task) -> tuple[str, int, int]:
@@ -127,13 +141,16 @@ class TextEncoder:
       **{name: head.init(jax.random.fold_in(key, i), x)["params"] for i, (name, head) in enumerate(self._heads.items())},
     }
 
-  def __call__(self, params, ids, mask) -> Conditioning:
+  def __call__(self, params, batch: Mapping) -> Conditioning:
+    """batch: ids int [B,T], mask bool [B,T], slots int [B,S], slot_mask bool [B,S] -> context of S tokens."""
+    mask = batch["mask"]
     run = lambda method, *args: self._decoder.apply({"params": params["decoder"]}, *args, method=method)
     positions = jnp.broadcast_to(jnp.arange(mask.shape[1])[None, None], (mask.shape[0], 3, mask.shape[1]))
-    (x,) = run("hidden_states", (run("embed", ids),), (positions,), (mask.astype(jnp.int32),))
+    (x,) = run("hidden_states", (run("embed", batch["ids"]),), (positions,), (mask.astype(jnp.int32),))
     average = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     head = lambda name, value: rms_norm(self._heads[name].apply({"params": params[name]}, value), jnp.float32(1))
-    return Conditioning(head("pooled", average), head("context", x), mask)
+    context = jnp.take_along_axis(head("context", x), batch["slots"][..., None], axis=1)
+    return Conditioning(head("pooled", average), context, batch["slot_mask"])
 
 
 def _normal(keys, salt: int, shape) -> jax.Array:
@@ -163,7 +180,7 @@ def build(config, mesh) -> Stage:
     references = None
     if "reference" in batch:
       references = {"tokens": model.scale(batch["reference"]), "positions": positions, "mask": mask}
-    cond = encoder(params["text_encoder"], batch["ids"], batch["mask"])
+    cond = encoder(params["text_encoder"], batch)
     if config.condition_noise:
       disturb = lambda x, salt: x + config.condition_noise * _normal(keys, salt, x.shape[1:])
       cond = cond.replace(pooled=disturb(cond.pooled, 3), context=disturb(cond.context, 4))
@@ -174,19 +191,23 @@ def build(config, mesh) -> Stage:
 
   held_out = np.flatnonzero(emoji.held_out)
   texts = [emoji.captions[i] for i in held_out]
-  ids, mask = data.vocabulary(texts)
-  judged = {"ids": ids, "mask": mask, "mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
+
+  def written(texts) -> dict:
+    ids, mask = data.vocabulary(texts)
+    return {"ids": ids, "mask": mask} | spread(mask, config.context_slots, np.random.default_rng(0))
+
+  judged = written(texts) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
   judge_keys = jax.random.split(jax.random.key(1), len(held_out))
   judge = jax.jit(lambda params: loss(params, judged, judge_keys)[0].mean())
   retrieval = Retrieval(emoji.images())
 
   @jax.jit
-  def sample(params, ids, mask):
+  def sample(params, batch):
     """Held-out captions with the text encoder of this stage: what alignment can hope for."""
-    count = len(ids) // 2
+    count = len(batch["ids"]) // 2
     positions = jnp.broadcast_to(grid, (2 * count, *grid.shape))
     target = {"positions": positions, "mask": jnp.ones(positions.shape[:2], bool)}
-    prepared = model.prepare(params, encoder(params["text_encoder"], ids, mask), target)
+    prepared = model.prepare(params, encoder(params["text_encoder"], batch), target)
 
     def velocity(x, timestep):
       v = model.velocity(params, jnp.concatenate([x, x]), jnp.full((2 * count,), timestep), prepared)
@@ -197,7 +218,7 @@ def build(config, mesh) -> Stage:
     return model.decode(vae, unpatchify(tokens, 2 * side, 2 * side))
 
   def evaluate(params, step):
-    made = np.asarray(sample(params, *data.vocabulary([""] * len(texts) + texts)))
+    made = np.asarray(sample(params, written([""] * len(texts) + texts)))
     made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
     scores = {f"heldout_{name}": value for name, value in retrieval.recall(made, held_out).items()}
     pairs = np.concatenate([emoji.images()[held_out[:32]], made[:32]], axis=2)

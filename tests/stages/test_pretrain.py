@@ -7,7 +7,7 @@ from configs import pretrain_tiny
 from deepgen_jax.data import words
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, RenderedWords
 from deepgen_jax.stages import pretrain_dit, pretrain_vae, pretrain_vlm
-from deepgen_jax.stages.pretrain_dit import MAX_WORDS, Data, Vocabulary, split
+from deepgen_jax.stages.pretrain_dit import MAX_WORDS, Data, Vocabulary, split, spread
 
 
 class Places:
@@ -36,6 +36,17 @@ def test_vocabulary_pads_cuts_and_knows_what_it_does_not_know():
   assert len(vocabulary) == 4 and ids.shape == mask.shape == (3, MAX_WORDS + 1)
   assert ids[0].tolist() == [0, 3, 0] + [0] * (MAX_WORDS - 2) and mask[0].sum() == 3
   assert mask[1].sum() == 1 and mask[2].all() and (ids[2, 1:] == 1).all()
+
+
+def test_context_slots_hold_every_word_and_no_padding():
+  mask = np.arange(6)[None] < np.array([[6], [2]])
+  dealt = spread(mask, 20, np.random.default_rng(0))
+  for row, count in enumerate((6, 2)):
+    shown = dealt["slots"][row][dealt["slot_mask"][row]]
+    assert set(shown) == set(range(count)) and dealt["slots"][row].max() < count
+    np.testing.assert_array_equal(shown[:count], range(count))
+  counts = np.concatenate([spread(mask, 20, np.random.default_rng(i))["slot_mask"].sum(1) for i in range(40)])
+  assert counts.min() >= 2 and counts.max() == 20 and len(set(counts)) > 10
 
 
 def test_dit_batches_hold_nothing_held_out(data, emoji):
