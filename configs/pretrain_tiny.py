@@ -13,7 +13,7 @@ The weights that ship, on two cores (VAE and VLM side by side, one core each; ot
     dit    3.7 M      12,500 x 32        67       loss 0.229; R@1 61 %, R@5 90 % of captions, with its own text encoder
 
 Departures of that DiT from this file: its learning rate was on its way to zero at update 15,000 until update 9,132, and its
-context held every word once, without `context_slots`; dealt to 128 slots, its R@5 is 71 %.
+context held every word once, without `context_slots`; dealt to 128 slots, its R@5 is 71 %. The VLM had no sketches.
 """
 
 from configs import common

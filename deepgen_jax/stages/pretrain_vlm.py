@@ -1,7 +1,7 @@
 """Pre-training of the tiny VLM: captioning and next-token prediction, in the prompt templates that it meets later.
 
-After a prompt for an image the reply repeats the caption, so that what follows a prompt learns to look back at it, as think
-tokens will have to. No held-out caption or image enters.
+After a prompt for an image the reply repeats the caption or sketches the image in letters, so that what follows a prompt learns
+to look back at it, as think tokens will have to. No held-out caption or image enters.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, MicroBatches
@@ -22,18 +23,33 @@ from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights import model_dir
 
 DESCRIBE = ("Describe the image.", "What is this?")
+SIDE = 6  # a sketch has as many rows and columns
+PALETTE = {  # letter of a sketch -> colour; lower case: plain colours, upper case: Twemoji's skin tones, light to dark
+  **{"w": (255, 255, 255), "e": (136, 153, 166), "k": (41, 47, 51), "r": (221, 46, 68), "o": (244, 144, 12)},
+  **{"y": (255, 204, 77), "g": (119, 178, 85), "d": (62, 114, 29), "b": (85, 172, 238), "n": (34, 102, 153)},
+  **{"p": (170, 142, 214), "i": (244, 171, 186), "m": (138, 75, 56)},
+  **{"A": (247, 222, 206), "B": (243, 210, 162), "C": (213, 171, 136), "D": (175, 126, 87), "E": (124, 83, 62)},
+}
+
+
+def sketch(image: np.ndarray) -> str:
+  """An image uint8 [H,W,3] as a text: the nearest colour of each cell of a 6x6 grid, row by row, SIDE^2 letters."""
+  small = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
+  distance = np.square(small[:, :, None] - np.array([*PALETTE.values()], np.float32)).sum(-1)
+  return "".join([*PALETTE][i] for i in distance.argmin(-1).ravel())
 
 
 class Dialogues:
-  """Samples of another source with a reply: the caption is repeated after a prompt for an image, or named after an image.
+  """Samples of another source with a reply that names, repeats or sketches.
 
-  kind "repeat": template + caption -> caption. "describe": image -> caption. "result": image and instruction -> the caption
+  kind "repeat": template + caption -> caption. "sketch": template + caption -> its image as letters of colours, so that words
+  mean what they look like. "describe": image -> caption. "result": image and instruction -> the caption
   of what the edit leads to.
   """
 
   def __init__(self, source, kind: str):
     self.name, self.task, self._source, self._kind = f"{source.name}, {kind}", "edit", source, kind
-    if kind == "repeat":
+    if kind in ("repeat", "sketch"):
       self.task = "generate"
 
   def __len__(self) -> int:
@@ -45,7 +61,7 @@ class Dialogues:
       return Sample("edit", DESCRIBE, sample.target, (sample.target,), sample.texts[0])
     if self._kind == "result":
       return dataclasses.replace(sample, answer=self._source.emoji.captions[self._source.edits[index].target])
-    return dataclasses.replace(sample, answer=sample.texts[0])
+    return dataclasses.replace(sample, answer=sketch(sample.target) if self._kind == "sketch" else sample.texts[0])
 
 
 def build(config, mesh) -> Stage:
@@ -60,7 +76,11 @@ def build(config, mesh) -> Stage:
   def sources(held_out):
     pictures, written = EmojiGeneration(emoji, held_out), RenderedWords(held_out)
     return {
-      "generate": [(Dialogues(pictures, "repeat"), 0.85), (Dialogues(written, "repeat"), 0.15)],
+      "generate": [
+        (Dialogues(pictures, "sketch"), 0.5),
+        (Dialogues(pictures, "repeat"), 0.35),
+        (Dialogues(written, "repeat"), 0.15),
+      ],
       "edit": [
         (Dialogues(pictures, "describe"), 0.4),
         (Dialogues(written, "describe"), 0.1),

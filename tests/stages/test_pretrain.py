@@ -75,7 +75,7 @@ def test_held_out_captions_use_known_words(data, emoji):
   assert (ids[:, 1:][mask[:, 1:]] > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["repeat", "describe", "result"])
+@pytest.mark.parametrize("kind", ["repeat", "sketch", "describe", "result"])
 def test_dialogues_answer_with_training_captions(kind, emoji):
   source = EmojiEdits(emoji) if kind == "result" else EmojiGeneration(emoji)
   dialogues = pretrain_vlm.Dialogues(source, kind)
@@ -83,14 +83,23 @@ def test_dialogues_answer_with_training_captions(kind, emoji):
   assert len(dialogues) == len(source)
   for i in range(0, len(dialogues), 97):
     sample, original = dialogues[i], source[i]
-    assert sample.task == dialogues.task == ("generate" if kind == "repeat" else "edit")
+    assert sample.task == dialogues.task == ("generate" if kind in ("repeat", "sketch") else "edit")
     assert sample.answer and sample.answer not in held_out
     if kind == "result":
       assert sample.answer == emoji.captions[source.edits[i].target] and sample.texts == original.texts
+    elif kind == "sketch":
+      assert sample.answer == pretrain_vlm.sketch(original.target) and sample.texts == original.texts
     else:
       assert sample.answer == original.texts[0]
     if kind == "describe":
       np.testing.assert_array_equal(sample.references[0], original.target)
+
+
+def test_a_sketch_names_the_nearest_colours():
+  image = np.full((60, 60, 3), 255, np.uint8)
+  image[:10, 50:] = (220, 50, 70)  # the cell at the top right
+  image[50:, :10] = (120, 80, 60)
+  assert pretrain_vlm.sketch(image) == "wwwwwr" + "w" * 24 + "Ewwwww"
 
 
 def test_dialogues_of_words():
