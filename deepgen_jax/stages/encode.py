@@ -17,16 +17,16 @@ from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 
 class ImageEncoder:
   """Encodes uint8 images [H,W,3] by size, in programs of a fixed batch, so that an image's result doesn't depend on its
-  neighbours.
+  neighbours. With a cache it depends on history which images are encoded together and in which rows, and rows may differ in the
+  last bit: there each image is computed by itself, one after the other in one program.
   """
 
   def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0):
     self._batch, self._cache_size = batch, cache
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
-    self._programs = {
-      "moments": jax.jit(model.encode_moments),
-      "features": jax.jit(lambda params, images: (model.vision_features(params, images),)),
-    }
+    features = lambda params, images: (model.vision_features(params, images),)
+    wrap = _one_by_one if cache else lambda encode: encode
+    self._programs = {"moments": jax.jit(wrap(model.encode_moments)), "features": jax.jit(wrap(features))}
 
   def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """-> (mean, log-variance) of each image, [h,w,c]."""
@@ -51,6 +51,11 @@ class ImageEncoder:
     room = self._cache_size - len(self._cache)
     self._cache |= {key: found[key] for key in list(missing)[: max(room, 0)]}
     return [found[key] for key in keys]
+
+
+def _one_by_one(encode: Callable) -> Callable:
+  """encode(params, images [B,...]) -> tuple of arrays [B,...], as a loop over images."""
+  return lambda params, images: jax.lax.map(lambda image: tuple(x[0] for x in encode(params, image[None])), images)
 
 
 def encode_batch(
