@@ -12,7 +12,7 @@ towards noise, where the text matters most.
 
 from configs import common
 
-# Projector and heads read residual streams as they are: at the rate of the normalised layers they overshoot.
+# Projector and heads read residual streams as they are, several times larger than what the normalised layers read.
 LR_GROUPS = [("scb/projector/.*", 0.1), ("scb/.*_head/.*", 0.25), ("scb/.*", 1.0), ("(dit|vlm)/.*", 0.2)]
 
 
