@@ -39,7 +39,7 @@ def get_config(part: str):
     c.words_share = 0.1  # of generation
     c.drop = 0.1  # texts left out, for guidance
     c.condition_noise = 0.2  # on normalised conditioning
-    c.context_slots = 128  # an SCB sends a token a byte: as many as this
+    c.context_slots = 128  # an SCB sends a token a byte: as many as this; at least 17
     c.optim.lr, c.optim.ema = 1.5e-3, 0.999
   else:
     raise ValueError(f"part {part!r} must be vae, vlm or dit")

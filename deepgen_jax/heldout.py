@@ -59,7 +59,7 @@ class HeldOut:
       images = [sample.references[0] for sample in samples] if samples[0].references else None
       made = generate(pipe, [sample.texts[0] for sample in samples], images)
       columns = [*([images] if images else []), [sample.target for sample in samples], made]
-      rows = np.concatenate([np.stack(column) for column in columns], axis=2)[: BATCH - BATCH % 5]
+      rows = np.concatenate([np.stack(column) for column in columns], axis=2)
       rows = rows.reshape(5, -1, *rows.shape[1:])
       grids[task] = np.concatenate(np.concatenate(rows, axis=1), axis=1)
     return grids

@@ -54,7 +54,9 @@ def build(config, mesh) -> Stage:
     losses = sample_loss(model, params, batch, keys, joint=joint, **config.timesteps)
     return losses, {"edit_loss" if "references" in batch else "generate_loss": losses.mean()}
 
-  held_out = None if config.data.folder else HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples)
+  held_out = None  # a user's own folder has none
+  if config.eval.every and not config.data.folder:
+    held_out = HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples)
   pipe = None
 
   def evaluate(params, step):
