@@ -22,6 +22,7 @@ from configs import common
 def get_config(part: str):
   c = common.get_config("tiny")
   c.stage = f"pretrain_{part}"
+  c.init = ""  # a model whose VLM or DiT goes on; empty: fresh weights
   c.output = "runs/pretrain/model"  # the model directory that the three parts fill
   c.checkpoint.every, c.eval.every, c.log.every = 500, 500, 50
   c.optim.weight_decay = 0.01
@@ -37,9 +38,10 @@ def get_config(part: str):
     c.steps, c.data.batch_size = 12_500, 32
     c.edit_share = 0.35  # of micro-batches
     c.words_share = 0.1  # of generation
-    c.drop = 0.1  # texts left out, for guidance
-    c.condition_noise = 0.2  # on normalised conditioning
-    c.context_slots = 128  # an SCB sends a token a byte: as many as this; at least 17
+    c.drop, c.words_only, c.layout_only = 0.1, 0.3, 0.3  # shares without any text, or one kind of it; the rest has both
+    c.layout_noise = 0.3  # at most, on colours in [-1,1]
+    c.condition_noise = 0.5  # at most, on normalised conditioning
+    c.context_slots, c.long_share = 132, 0.25  # an SCB sends a token a byte: as many as this; most batches have 40
     c.optim.lr, c.optim.ema = 1.5e-3, 0.999
   else:
     raise ValueError(f"part {part!r} must be vae, vlm or dit")

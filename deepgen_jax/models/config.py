@@ -168,7 +168,7 @@ TINY = DeepGenConfig(
     full_attention_layers=(1, 3),
   ),
   scb=SCBConfig(
-    num_think_tokens=8,
+    num_think_tokens=16,
     hidden_size=128,
     intermediate_size=384,
     num_layers=2,

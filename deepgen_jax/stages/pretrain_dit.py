@@ -1,7 +1,8 @@
 """Pre-training of the tiny DiT: flow matching on generation and edits, with a text encoder of its own.
 
 The text encoder, a small causal decoder over words, is thrown away at the end: the base DiT has never seen the VLM or an SCB.
-No held-out caption or image enters, as source or target.
+It also reads a layout, the colours of a coarse grid over the target, for which a user has no words: captions are recombined
+later, layouts are what recombining has to give. No held-out caption or image enters, as source or target.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from deepgen_jax.models.text import TextDecoder
 from deepgen_jax.stages.pretrain_vae import Drawn
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights import model_dir
+from deepgen_jax.weights.load import load_model
 
 WORDS = 1500  # rendered words that take part
 MAX_WORDS = 16  # of a text; what is longer loses its end
+LAYOUT_SIDE = 4  # rows and columns
+SHOWN = MAX_WORDS + 1 + LAYOUT_SIDE**2
+BLANK = 0.75  # share of spare context slots that say nothing
 SAMPLER_STEPS, GUIDANCE = 10, 2.5  # of the evaluation
 
 
@@ -60,21 +65,31 @@ class Vocabulary:
     return ids, mask
 
 
-def spread(mask: np.ndarray, slots: int, rng: np.random.Generator) -> dict:
-  """Deals the words of each text to context slots: every word once, then words again or the beginning, up to a drawn count.
+def spread(shown: np.ndarray, slots: int, rng: np.random.Generator) -> dict:
+  """Deals what is shown of each sample to context slots: each once, then again or nothing at all, up to a drawn count.
 
-  mask bool [B, T], where the beginning and the words are; -> "slots" int32 [B, slots], places in T, and "slot_mask" bool. An
-  SCB sends a token for every byte of a prompt and every think token: the DiT must not mind how many say the same, or nothing.
+  shown bool [B, T]; -> "slots" int32 [B, slots], places in T, T itself for nothing, and "slot_mask" bool. An SCB sends a token
+  for every byte of a prompt and every think token: the DiT must not mind how many say the same, or nothing.
   """
-  count = mask.sum(1)
-  places = np.where(rng.random((len(mask), slots)) < 0.5, 0, rng.integers(0, count[:, None], (len(mask), slots)))
+  count = shown.sum(1, keepdims=True)
+  order = np.argsort(~shown, axis=1, kind="stable")
   own = np.arange(slots)[None]
-  places = np.where(own < count[:, None], own, places).astype(np.int32)
-  return {"slots": places, "slot_mask": own < rng.integers(count, slots + 1)[:, None]}
+  again = rng.integers(0, count, (len(shown), slots))
+  places = np.take_along_axis(order, np.where(own < count, np.minimum(own, shown.shape[1] - 1), again), axis=1)
+  nothing = (own >= count) & (rng.random((len(shown), slots)) < BLANK)
+  slot_mask = own < rng.integers(count, slots + 1)
+  return {"slots": np.where(nothing, shown.shape[1], places).astype(np.int32), "slot_mask": slot_mask}
+
+
+def layout(images: np.ndarray) -> np.ndarray:
+  """uint8 [N,H,W,3], sides multiples of 4 -> mean colours of a 4x4 grid's cells in [-1,1], float32 [N,16,3]."""
+  n, height, width, _ = images.shape
+  cells = images.reshape(n, LAYOUT_SIDE, height // LAYOUT_SIDE, LAYOUT_SIDE, width // LAYOUT_SIDE, 3)
+  return (cells.mean((2, 4), dtype=np.float32) / 127.5 - 1).reshape(n, -1, 3)
 
 
 class Latents:
-  """Posterior moments of all images that take part, as tokens: emoji by index, then rendered words."""
+  """Posterior moments, as tokens, and layouts of all images that take part: emoji by index, then rendered words."""
 
   def __init__(self, model: DeepGen, params, emoji, seed: int):
     encode = jax.jit(model.encode_moments)
@@ -84,6 +99,7 @@ class Latents:
     images = np.concatenate([emoji.images(), np.stack([words.render(*word) for word in self.words])])
     moments = [encode(params, images[i : i + 64]) for i in range(0, len(images), 64)]
     self.mean, self.logvar = (patchify(np.concatenate([np.asarray(m[k]) for m in moments])) for k in range(2))
+    self.layout = layout(images)
 
 
 class Data:
@@ -102,55 +118,75 @@ class Data:
     rng = np.random.default_rng((self._config.seed, m))
     task = "edit" if rng.random() < self._config.edit_share else "generate"
     texts, targets, references = (list(column) for column in zip(*(self._sample(rng, task) for _ in range(size))))
-    ids, mask = self.vocabulary(texts)
-    batch = {"ids": ids, "mask": mask, "mean": self._latents.mean[targets], "logvar": self._latents.logvar[targets]}
-    batch |= spread(mask, self._config.context_slots, rng)
+    share = rng.random(size) - self._config.drop
+    has_words, has_layout = (
+      share >= self._config.layout_only,
+      (share >= 0) & (share < 1 - self._config.drop - self._config.words_only),
+    )
+    ids, mask = self.vocabulary([text if has else "" for text, has in zip(texts, has_words)])
+    long = rng.random() < self._config.long_share
+    noise = self._config.layout_noise * rng.random((size, 1, 1)) * rng.standard_normal(self._latents.layout[targets].shape)
+    batch = {"ids": ids, "mask": mask, "layout": (self._latents.layout[targets] + noise).astype(np.float32)}
+    batch |= {"mean": self._latents.mean[targets], "logvar": self._latents.logvar[targets]}
+    batch |= spread(_shown(mask, has_layout), self._config.context_slots if long else SHOWN + 7, rng)
     return batch | ({"reference": self._latents.mean[references]} if task == "edit" else {})
 
   def _sample(self, rng, task) -> tuple[str, int, int]:
     """-> text, index of the target, index of the reference."""
-    drop = rng.random() < self._config.drop
     if task == "edit":
       pool = self._by_kind[rng.integers(len(self._by_kind))] if rng.random() < 0.5 else self._edits
       edit = pool[rng.integers(len(pool))]
-      return "" if drop else edit.instructions[rng.integers(len(edit.instructions))], edit.target, edit.source
+      return edit.instructions[rng.integers(len(edit.instructions))], edit.target, edit.source
     if rng.random() < self._config.words_share:
       i = rng.integers(WORDS)
-      return "" if drop else words.caption(*self._latents.words[i]), len(self._emoji) + i, -1
+      return words.caption(*self._latents.words[i]), len(self._emoji) + i, -1
     i = rng.choice(self._generation)
-    return "" if drop else self._emoji.captions[i], i, -1
+    return self._emoji.captions[i], i, -1
+
+
+def _shown(mask: np.ndarray, has_layout: np.ndarray) -> np.ndarray:
+  """Words [B, MAX_WORDS + 1] and whether there is a layout [B] -> what the context shows, bool [B, SHOWN]."""
+  return np.concatenate([mask, np.broadcast_to(has_layout[:, None], (len(mask), LAYOUT_SIDE**2))], axis=1)
 
 
 class TextEncoder:
-  """Words -> conditioning of the DiT: a causal decoder of two layers, a head for the context, one for the pooled vector.
+  """Words and layout -> conditioning of the DiT: a causal decoder of two layers over the words with a head for the context and
+  one for the pooled vector, and a linear of a cell's colour and place. A slot without a word or a cell is zero, as is the
+  pooled vector without words: what an SCB sends when it is new.
 
-  Both are normalised, so that the noise that training adds to them can't be outgrown: the DiT learns to do with conditioning
+  All are normalised, so that the noise that training adds to them can't be outgrown: the DiT learns to do with conditioning
   that is only nearly right, as that of a young SCB will be.
   """
 
   def __init__(self, config, vocabulary: int):
     self._decoder = TextDecoder(dataclasses.replace(config.text, vocab_size=vocabulary, num_layers=2), (2,), unroll=True)
     self._heads = {"context": Linear(config.dit.context_size), "pooled": Linear(config.dit.pooled_size)}
+    self._heads["layout"] = Linear(config.dit.context_size)
     self._hidden = config.text.hidden_size
 
   def init(self, key) -> dict:
     x = jnp.zeros((1, 4, self._hidden))
     args = (x, jnp.zeros((1, 3, 4), jnp.int32), jnp.ones((1, 4), jnp.int32))
+    inputs = {"context": x, "pooled": x, "layout": jnp.zeros((1, 4, 3 + LAYOUT_SIDE**2))}
     return {
       "decoder": self._decoder.init(key, *args, method="logits")["params"],
-      **{name: head.init(jax.random.fold_in(key, i), x)["params"] for i, (name, head) in enumerate(self._heads.items())},
+      **{n: head.init(jax.random.fold_in(key, i), inputs[n])["params"] for i, (n, head) in enumerate(self._heads.items())},
     }
 
   def __call__(self, params, batch: Mapping) -> Conditioning:
-    """batch: ids int [B,T], mask bool [B,T], slots int [B,S], slot_mask bool [B,S] -> context of S tokens."""
+    """batch: ids int [B,T], mask bool [B,T], layout [B,16,3], slots int [B,S], slot_mask bool [B,S] -> context of S tokens."""
     mask = batch["mask"]
     run = lambda method, *args: self._decoder.apply({"params": params["decoder"]}, *args, method=method)
     positions = jnp.broadcast_to(jnp.arange(mask.shape[1])[None, None], (mask.shape[0], 3, mask.shape[1]))
     (x,) = run("hidden_states", (run("embed", batch["ids"]),), (positions,), (mask.astype(jnp.int32),))
     average = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     head = lambda name, value: rms_norm(self._heads[name].apply({"params": params[name]}, value), jnp.float32(1))
-    context = jnp.take_along_axis(head("context", x), batch["slots"][..., None], axis=1)
-    return Conditioning(head("pooled", average), context, batch["slot_mask"])
+    place = jnp.broadcast_to(jnp.eye(LAYOUT_SIDE**2), (len(mask), LAYOUT_SIDE**2, LAYOUT_SIDE**2))
+    cells = head("layout", jnp.concatenate([batch["layout"], place], axis=-1))
+    words = head("context", x)
+    context = jnp.concatenate([words, cells, jnp.zeros_like(words[:, :1])], axis=1)
+    context = jnp.take_along_axis(context, batch["slots"][..., None], axis=1)
+    return Conditioning(head("pooled", average) * (mask.sum(1, keepdims=True) > 1), context, batch["slot_mask"])
 
 
 def _normal(keys, salt: int, shape) -> jax.Array:
@@ -182,7 +218,8 @@ def build(config, mesh) -> Stage:
       references = {"tokens": model.scale(batch["reference"]), "positions": positions, "mask": mask}
     cond = encoder(params["text_encoder"], batch)
     if config.condition_noise:
-      disturb = lambda x, salt: x + config.condition_noise * _normal(keys, salt, x.shape[1:])
+      level = config.condition_noise * jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 5)))(keys)
+      disturb = lambda x, salt: x + jnp.expand_dims(level, range(1, x.ndim)) * _normal(keys, salt, x.shape[1:])
       cond = cond.replace(pooled=disturb(cond.pooled, 3), context=disturb(cond.context, 4))
     prepared = model.prepare(params, cond, {"positions": positions, "mask": mask}, references)
     velocity = model.velocity(params, noised(target, noise, sigma), 1000 * sigma, prepared)
@@ -192,11 +229,14 @@ def build(config, mesh) -> Stage:
   held_out = np.flatnonzero(emoji.held_out)
   texts = [emoji.captions[i] for i in held_out]
 
-  def written(texts) -> dict:
+  def written(texts, has_layout: bool) -> dict:
+    """Held-out captions, all or none ("") of them shown, with the layouts of their images or without."""
     ids, mask = data.vocabulary(texts)
-    return {"ids": ids, "mask": mask} | spread(mask, config.context_slots, np.random.default_rng(0))
+    shown = _shown(mask, np.full(len(texts), has_layout))
+    rest = spread(shown, config.context_slots, np.random.default_rng(0))
+    return {"ids": ids, "mask": mask, "layout": latents.layout[held_out]} | rest
 
-  judged = written(texts) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
+  judged = written(texts, True) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
   judge_keys = jax.random.split(jax.random.key(1), len(held_out))
   judge = jax.jit(lambda params: loss(params, judged, judge_keys)[0].mean())
   retrieval = Retrieval(emoji.images())
@@ -204,7 +244,7 @@ def build(config, mesh) -> Stage:
   @jax.jit
   def sample(params, batch):
     """Held-out captions with the text encoder of this stage: what alignment can hope for."""
-    count = len(batch["ids"]) // 2
+    count = len(held_out)
     positions = jnp.broadcast_to(grid, (2 * count, *grid.shape))
     target = {"positions": positions, "mask": jnp.ones(positions.shape[:2], bool)}
     prepared = model.prepare(params, encoder(params["text_encoder"], batch), target)
@@ -218,17 +258,21 @@ def build(config, mesh) -> Stage:
     return model.decode(vae, unpatchify(tokens, 2 * side, 2 * side))
 
   def evaluate(params, step):
-    made = np.asarray(sample(params, written([""] * len(texts) + texts)))
-    made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
-    scores = {f"heldout_{name}": value for name, value in retrieval.recall(made, held_out).items()}
-    pairs = np.concatenate([emoji.images()[held_out[:32]], made[:32]], axis=2)
-    shown = pairs.reshape(8, 4, *pairs.shape[1:]).transpose(0, 2, 1, 3, 4).reshape(8 * pairs.shape[1], -1, 3)
-    return Report({"heldout_loss": float(judge(params))} | scores, {"generated": shown})
+    report = Report({"heldout_loss": float(judge(params))})
+    blank = written([""] * len(texts), False)
+    for name, batch in (("words", written(texts, False)), ("layout", written([""] * len(texts), True))):
+      made = np.asarray(sample(params, {key: np.concatenate([blank[key], batch[key]]) for key in batch}))
+      made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
+      report.scalars |= {f"heldout_{name}_{score}": value for score, value in retrieval.recall(made, held_out).items()}
+      pairs = np.concatenate([emoji.images()[held_out[:32]], made[:32]], axis=2)
+      shown = pairs.reshape(8, 4, *pairs.shape[1:]).transpose(0, 2, 1, 3, 4)
+      report.images[f"from_{name}"] = shown.reshape(8 * pairs.shape[1], -1, 3)
+    return report
 
-  @jax.jit
   def init():
     key = jax.random.key(config.seed)
-    return {"text_encoder": encoder.init(key), **model.init(key, ("dit",))}
+    started = load_model(config.init, weights="raw", parts=("dit",))[1] if config.init else model.init(key, ("dit",))
+    return {"text_encoder": encoder.init(key), **started}
 
   finish = lambda params: model_dir.save(config.output, sizes, {"dit": params["dit"]}, dtype=np.float16)
   batches = Drawn(config.data.batch_size, data.draw)

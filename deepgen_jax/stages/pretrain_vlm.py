@@ -1,7 +1,9 @@
 """Pre-training of the tiny VLM: captioning and next-token prediction, in the prompt templates that it meets later.
 
-After a prompt for an image the reply repeats the caption or sketches the image in letters, so that what follows a prompt learns
-to look back at it, as think tokens will have to. No held-out caption or image enters.
+The reply to a prompt for an image, or for an edit, is a sketch of the result: a letter for the colour of each cell of a coarse
+grid. Its letters are hidden from the input (word dropout, Bowman et al. 2016, section 3.1, at rate 1): noise stands in their
+place, so that what follows a prompt learns to look back at it and to see, as think tokens will have to. No held-out caption
+or image enters.
 """
 
 from __future__ import annotations
@@ -21,84 +23,64 @@ from deepgen_jax.models.config import TINY
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights import model_dir
+from deepgen_jax.weights.load import load_model
 
 DESCRIBE = ("Describe the image.", "What is this?")
-SIDE = 6  # a sketch has as many rows and columns
-PALETTE = {  # letter of a sketch -> colour; lower case: plain colours, upper case: Twemoji's skin tones, light to dark
-  "w": (255, 255, 255),
-  "e": (136, 153, 166),
-  "k": (41, 47, 51),
-  "r": (221, 46, 68),
-  "o": (244, 144, 12),
-  "y": (255, 204, 77),
-  "g": (119, 178, 85),
-  "d": (62, 114, 29),
-  "b": (85, 172, 238),
-  "n": (34, 102, 153),
-  "p": (170, 142, 214),
-  "i": (244, 171, 186),
-  "m": (138, 75, 56),
-  "A": (247, 222, 206),
-  "B": (243, 210, 162),
-  "C": (213, 171, 136),
-  "D": (175, 126, 87),
-  "E": (124, 83, 62),
-}
+TEXT_BUCKET = 136  # every prompt with its reply
+SIDE = 4  # a sketch has as many rows and columns
+COLOURS = (  # plain ones, then Twemoji's skin tones, light to dark
+  *((136, 153, 166), (41, 47, 51), (221, 46, 68), (244, 144, 12), (255, 204, 77), (119, 178, 85), (62, 114, 29)),
+  *((85, 172, 238), (34, 102, 153), (170, 142, 214), (244, 171, 186), (138, 75, 56)),
+  *((247, 222, 206), (243, 210, 162), (213, 171, 136), (175, 126, 87), (124, 83, 62)),
+)
+COVER = (0.25, 0.5, 0.75, 1.0)  # of a cell, the rest is white
+PALETTE = np.array([[255.0] * 3] + [[255 + (x - 255) * cover for x in colour] for colour in COLOURS for cover in COVER])
+LETTERS = [chr(ord("0") + i) for i in range(len(PALETTE))]
+PROMPT_WEIGHT = 0.2  # of a token of the prompt in the loss; one of the reply has 1
 
 
 def sketch(image: np.ndarray) -> str:
-  """An image uint8 [H,W,3] as a text: the nearest colour of each cell of a 6x6 grid, row by row, SIDE^2 letters."""
-  small = np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX), np.float32)
-  distance = np.square(small[:, :, None] - np.array([*PALETTE.values()], np.float32)).sum(-1)
-  return "".join([*PALETTE][i] for i in distance.argmin(-1).ravel())
+  """An image uint8 [H,W,3] as a text: the letter of its mean colour, then those of a 4x4 grid's cells, row by row."""
+  shrink = lambda side: np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX), np.float32)
+  colours = np.concatenate([shrink(1).reshape(1, 3), shrink(SIDE).reshape(-1, 3)])
+  return "".join(LETTERS[i] for i in np.square(colours[:, None] - PALETTE).sum(-1).argmin(-1))
 
 
 class Dialogues:
-  """Samples of another source with a reply that names, repeats or sketches.
+  """Samples of another source with a reply: a sketch of the target, or (describe) its caption after a question about it."""
 
-  kind "repeat": template + caption -> caption. "sketch": template + caption -> its image as letters of colours, so that words
-  mean what they look like. "describe": image -> caption. "result": image and instruction -> the caption
-  of what the edit leads to.
-  """
-
-  def __init__(self, source, kind: str):
-    self.name, self.task, self._source, self._kind = f"{source.name}, {kind}", "edit", source, kind
-    if kind in ("repeat", "sketch"):
-      self.task = "generate"
+  def __init__(self, source, describe: bool = False):
+    self.name = f"{source.name}, {'described' if describe else 'sketched'}"
+    self.task = "edit" if describe else source.task
+    self._source, self._describe = source, describe
 
   def __len__(self) -> int:
     return len(self._source)
 
   def __getitem__(self, index: int) -> Sample:
     sample = self._source[index]
-    if self._kind == "describe":
+    if self._describe:
       return Sample("edit", DESCRIBE, sample.target, (sample.target,), sample.texts[0])
-    if self._kind == "result":
-      return dataclasses.replace(sample, answer=self._source.emoji.captions[self._source.edits[index].target])
-    return dataclasses.replace(sample, answer=sketch(sample.target) if self._kind == "sketch" else sample.texts[0])
+    return dataclasses.replace(sample, answer=sketch(sample.target))
 
 
 def build(config, mesh) -> Stage:
-  """Next-token prediction on captions, edit instructions and, after an image, its caption; vision tower and decoder learn
-  together.
+  """Next-token prediction on prompts and replies; vision tower and decoder learn together. `config.init`, if any, is a model
+  whose VLM goes on.
   """
   model = DeepGen(TINY, unroll=True)
   emoji = emoji_data.prepare(config.data.dir)
   tokenizer = build_tiny_tokenizer()
-  image_pad = special_ids(tokenizer).image_pad
+  special = special_ids(tokenizer)
 
   def sources(held_out):
     pictures, written = EmojiGeneration(emoji, held_out), RenderedWords(held_out)
     return {
-      "generate": [
-        (Dialogues(pictures, "sketch"), 0.5),
-        (Dialogues(pictures, "repeat"), 0.35),
-        (Dialogues(written, "repeat"), 0.15),
-      ],
+      "generate": [(Dialogues(pictures), 0.9), (Dialogues(written), 0.1)],
       "edit": [
-        (Dialogues(pictures, "describe"), 0.4),
-        (Dialogues(written, "describe"), 0.1),
-        (Dialogues(EmojiEdits(emoji, held_out), "result"), 0.5),
+        (Dialogues(EmojiEdits(emoji, held_out)), 0.75),
+        (Dialogues(pictures, describe=True), 0.2),
+        (Dialogues(written, describe=True), 0.05),
       ],
     }
 
@@ -107,8 +89,8 @@ def build(config, mesh) -> Stage:
     batch_size=config.data.batch_size,
     image_size=TINY.image_size,
     num_think_tokens=TINY.scb.num_think_tokens,
-    text_buckets=(128,),
-    caption_dropout=0.0,
+    text_buckets=(TEXT_BUCKET,),
+    caption_dropout=config.data.caption_dropout,
     seed=config.seed,
   )
   batches = MicroBatches(spec, sources(False), tokenizer)
@@ -116,6 +98,9 @@ def build(config, mesh) -> Stage:
   def prepare(params, host):
     batch = {k: host[k] for k in ("sample_id", "ids", "text_mask", "image_index")}
     batch["position_ids"] = host["position_ids"][:, :, : host["ids"].shape[1]]
+    starts = host["ids"].shape[1] - np.argmax(host["ids"][:, ::-1] == special.im_start, axis=1) + len("assistant\n")
+    batch["reply"] = host["text_mask"] & (np.arange(host["ids"].shape[1]) >= starts[:, None])
+    batch["hidden"] = batch["reply"] & ~np.isin(host["texts"], DESCRIBE)[:, None]
     if host["references"][0]:
       batch["image"] = np.stack([references[0] for references in host["references"]])
     return [batch]
@@ -124,21 +109,30 @@ def build(config, mesh) -> Stage:
     vision = model.vision_features(params, batch["image"]) if "image" in batch else None
     run = lambda method, *args: model.text.apply({"params": params["vlm"]["text"]}, *args, method=method)
     x = run("embed", batch["ids"], vision, batch["image_index"])
+    noise = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys) / np.sqrt(x.shape[-1])  # as fresh think tokens
+    x = jnp.where(batch["hidden"][..., None], noise, x)
     logits = run("logits", x, batch["position_ids"], batch["text_mask"].astype(jnp.int32))[:, :-1]
     target = batch["ids"][:, 1:]
-    weight = batch["text_mask"][:, 1:] & (target != image_pad)
+    reply, text = batch["reply"][:, 1:], batch["text_mask"][:, 1:] & (target != special.image_pad)
     nll = jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, target[..., None], -1)[..., 0]
-    nll = (nll * weight).sum(1) / weight.sum(1)
-    return nll, {"captions_nll" if "image" in batch else "text_nll": nll.mean()}
+    mean = lambda weight: (nll * weight).sum(1) / weight.sum(1)
+    name = "edit" if "image" in batch else "generate"
+    return mean(jnp.where(reply, 1, PROMPT_WEIGHT) * text), {f"{name}_reply_nll": mean(reply).mean()}
 
   judged = MicroBatches(dataclasses.replace(spec, seed=1), sources(True), tokenizer)
-  judge = jax.jit(lambda params, batch: loss(params, batch, None)[0].mean())
+  judge_keys = jax.random.split(jax.random.key(0), spec.batch_size)
+  judge = jax.jit(lambda params, batch: loss(params, batch, judge_keys)[1])
 
   def evaluate(params, step):
-    losses = {judged.task(m): float(judge(params, prepare(params, judged.batch(m))[0])) for m in range(len(spec.pattern))}
-    return Report({f"heldout_{task}_nll": value for task, value in losses.items()})
+    scores = [judge(params, prepare(params, judged.batch(m))[0]) for m in range(8 * len(spec.pattern))]
+    names = sorted({name for score in scores for name in score})
+    return Report({f"heldout_{n}": float(np.mean([score[n] for score in scores if n in score])) for n in names})
 
-  init = lambda: jax.jit(lambda key: model.init(key, ("vlm",)))(jax.random.key(config.seed))
+  def init():
+    if config.init:
+      return load_model(config.init, weights="raw", parts=("vlm",))[1]
+    return jax.jit(lambda key: model.init(key, ("vlm",)))(jax.random.key(config.seed))
+
   finish = lambda params: model_dir.save(
     config.output, model_dir.load_config(config.output), params, tokenizer, dtype=np.float16
   )

@@ -19,6 +19,7 @@ from safetensors.numpy import save as save_tensors
 
 from deepgen_jax.errors import UserError
 from deepgen_jax.models.config import DeepGenConfig
+from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.lora import path_name
 
 FORMAT = 1
@@ -60,16 +61,31 @@ def load_config(path) -> DeepGenConfig:
 
 
 def load(path, parts=PARTS) -> dict:
-  """{"vlm": nested tree, ...} float32 for those of `parts` that are there; raises UserError for a damaged file."""
-  out = {}
-  for part in parts:
+  """{"vlm": nested tree, ...} float32 for those of `parts` that are there.
+
+  Raises UserError for a damaged file, and one that lists every tensor that the sizes in model.json ask for and the file lacks,
+  that it has besides, or that has another shape.
+  """
+  there = [part for part in parts if (epath.Path(path) / f"{part}.safetensors").exists()]
+  model = DeepGen(load_config(path))
+  expected = jax.eval_shape(lambda: model.init(jax.random.key(0), there))
+  out, problems = {}, []
+  for part in there:
     file = epath.Path(path) / f"{part}.safetensors"
-    if file.exists():
-      try:
-        tensors = load_tensors(file.read_bytes())
-      except Exception as error:  # safetensors raises its own and several built-in kinds
-        raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
-      out[part] = unflatten({k: v.astype(np.float32) for k, v in tensors.items()})
+    try:
+      tensors = load_tensors(file.read_bytes())
+    except Exception as error:  # safetensors raises its own and several built-in kinds
+      raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+    shapes = {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(expected[part])[0]}
+    problems += [f"{file.name}: {name} is missing" for name in shapes.keys() - tensors.keys()]
+    problems += [f"{file.name}: {name} is unknown" for name in tensors.keys() - shapes.keys()]
+    for name in shapes.keys() & tensors.keys():
+      if tensors[name].shape != shapes[name]:
+        problems.append(f"{file.name}: {name} is {tensors[name].shape}, expected {shapes[name]}")
+    out[part] = unflatten({k: v.astype(np.float32) for k, v in tensors.items()})
+  if problems:
+    listed = "\n  ".join(sorted(problems))
+    raise UserError(f"{path}: weights don't fit model.json, {len(problems)} problem(s):\n  {listed}")
   return out
 
 

@@ -7,7 +7,7 @@ from configs import pretrain_tiny
 from deepgen_jax.data import words
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, RenderedWords
 from deepgen_jax.stages import pretrain_dit, pretrain_vae, pretrain_vlm
-from deepgen_jax.stages.pretrain_dit import MAX_WORDS, Data, Vocabulary, split, spread
+from deepgen_jax.stages.pretrain_dit import MAX_WORDS, SHOWN, Data, Vocabulary, layout, split, spread
 
 
 class Places:
@@ -18,6 +18,7 @@ class Places:
     self.words = [written[i] for i in np.random.default_rng(0).choice(len(written), pretrain_dit.WORDS, replace=False)]
     self.mean = np.arange(len(emoji) + len(self.words))
     self.logvar = -self.mean
+    self.layout = np.broadcast_to(self.mean[:, None, None] / len(self.mean), (len(self.mean), 16, 3))
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +39,28 @@ def test_vocabulary_pads_cuts_and_knows_what_it_does_not_know():
   assert mask[1].sum() == 1 and mask[2].all() and (ids[2, 1:] == 1).all()
 
 
-def test_context_slots_hold_every_word_and_no_padding():
-  mask = np.arange(6)[None] < np.array([[6], [2]])
-  dealt = spread(mask, 20, np.random.default_rng(0))
-  for row, count in enumerate((6, 2)):
-    shown = dealt["slots"][row][dealt["slot_mask"][row]]
-    assert set(shown) == set(range(count)) and dealt["slots"][row].max() < count
-    np.testing.assert_array_equal(shown[:count], range(count))
-  counts = np.concatenate([spread(mask, 20, np.random.default_rng(i))["slot_mask"].sum(1) for i in range(40)])
-  assert counts.min() >= 2 and counts.max() == 20 and len(set(counts)) > 10
+def test_context_slots_hold_all_that_is_shown_and_nothing_hidden():
+  shown = np.array([[1, 1, 1, 0, 0, 1], [1, 0, 0, 0, 0, 0], [1] * 6], bool)
+  for seed in range(20):
+    dealt = spread(shown, 20, np.random.default_rng(seed))
+    for row, count in enumerate(shown.sum(1)):
+      slots = dealt["slots"][row][dealt["slot_mask"][row]]
+      assert set(slots) - {shown.shape[1]} == set(np.flatnonzero(shown[row])) and len(slots) >= count
+      np.testing.assert_array_equal(slots[:count], np.flatnonzero(shown[row]))
+  counts = np.concatenate([spread(shown, 20, np.random.default_rng(i))["slot_mask"].sum(1) for i in range(40)])
+  assert counts.max() == 20 and len(set(counts)) > 10
+  spare = np.concatenate([spread(shown, 20, np.random.default_rng(i))["slots"][:, 6:].ravel() for i in range(40)])
+  assert 0.6 < (spare == shown.shape[1]).mean() < 0.9  # most say nothing
+
+
+def test_layout_is_the_mean_colour_of_each_cell():
+  image = np.zeros((1, 8, 8, 3), np.uint8)
+  image[0, :2, 2:4] = (255, 51, 0)  # first row, second column
+  image[0, 6, 6] = 255  # a quarter of the last cell
+  cells = layout(image)[0]
+  np.testing.assert_allclose(cells[1], [1, -0.6, -1], atol=1e-6)
+  np.testing.assert_allclose(cells[15], [-0.5] * 3, atol=1e-6)
+  assert (np.delete(cells, [1, 15], 0) == -1).all()
 
 
 def test_dit_batches_hold_nothing_held_out(data, emoji):
@@ -63,7 +77,12 @@ def test_dit_batches_hold_nothing_held_out(data, emoji):
     else:
       ids, _ = data.vocabulary([emoji.captions[i] if i < len(emoji) else "" for i in batch["mean"]])
       shown = (batch["ids"] != 0).any(1) & (batch["mean"] < len(emoji))  # not dropped
+      assert 0.2 < shown.mean() < 1
       np.testing.assert_array_equal(batch["ids"][shown], ids[shown])
+    error = batch["layout"] - data._latents.layout[batch["mean"]]
+    assert 0.02 < error.std() < 0.3
+    has_layout = ((batch["slots"] >= MAX_WORDS + 1) & (batch["slots"] < SHOWN)).any(1)
+    assert 0 < has_layout.sum() < 32
   assert tasks == {True, False}
   repeated = data.draw(7, 32)
   assert all(np.array_equal(repeated[key], value) for key, value in data.draw(7, 32).items())
@@ -75,35 +94,42 @@ def test_held_out_captions_use_known_words(data, emoji):
   assert (ids[:, 1:][mask[:, 1:]] > 0).all()
 
 
-@pytest.mark.parametrize("kind", ["repeat", "sketch", "describe", "result"])
-def test_dialogues_answer_with_training_captions(kind, emoji):
-  source = EmojiEdits(emoji) if kind == "result" else EmojiGeneration(emoji)
-  dialogues = pretrain_vlm.Dialogues(source, kind)
-  held_out = {emoji.captions[i] for i in np.flatnonzero(emoji.held_out)}
-  assert len(dialogues) == len(source)
+@pytest.mark.parametrize("task", ["generate", "edit"])
+def test_dialogues_sketch_training_images(task, emoji):
+  source = EmojiEdits(emoji) if task == "edit" else EmojiGeneration(emoji)
+  dialogues = pretrain_vlm.Dialogues(source)
+  assert len(dialogues) == len(source) and dialogues.task == task
   for i in range(0, len(dialogues), 97):
     sample, original = dialogues[i], source[i]
-    assert sample.task == dialogues.task == ("generate" if kind in ("repeat", "sketch") else "edit")
-    assert sample.answer and sample.answer not in held_out
-    if kind == "result":
-      assert sample.answer == emoji.captions[source.edits[i].target] and sample.texts == original.texts
-    elif kind == "sketch":
-      assert sample.answer == pretrain_vlm.sketch(original.target) and sample.texts == original.texts
-    else:
-      assert sample.answer == original.texts[0]
-    if kind == "describe":
-      np.testing.assert_array_equal(sample.references[0], original.target)
+    assert sample.answer == pretrain_vlm.sketch(original.target) and sample.texts == original.texts
+    assert len(sample.references) == len(original.references)
+
+
+def test_dialogues_describe_with_training_captions(emoji):
+  source = EmojiGeneration(emoji)
+  dialogues = pretrain_vlm.Dialogues(source, describe=True)
+  held_out = {emoji.captions[i] for i in np.flatnonzero(emoji.held_out)}
+  for i in range(0, len(dialogues), 97):
+    sample = dialogues[i]
+    assert sample.task == dialogues.task == "edit" and sample.answer == source[i].texts[0] not in held_out
+    np.testing.assert_array_equal(sample.references[0], source[i].target)
 
 
 def test_a_sketch_names_the_nearest_colours():
-  image = np.full((60, 60, 3), 255, np.uint8)
-  image[:10, 50:] = (220, 50, 70)  # the cell at the top right
-  image[50:, :10] = (120, 80, 60)
-  assert pretrain_vlm.sketch(image) == "wwwwwr" + "w" * 24 + "Ewwwww"
+  image = np.full((64, 64, 3), 255, np.uint8)
+  image[:16, 48:] = (220, 50, 70)  # the cell at the top right
+  image[48:, :16] = (124, 83, 62)
+  letters = pretrain_vlm.sketch(image)
+  named = pretrain_vlm.PALETTE[[pretrain_vlm.LETTERS.index(letter) for letter in letters]]
+  assert len(letters) == 17 and (np.delete(named, [0, 4, 13], 0) == 255).all()
+  np.testing.assert_array_equal(named[4], (221, 46, 68))
+  np.testing.assert_array_equal(named[13], (124, 83, 62))
+  assert 200 < named[0].mean() < 255
+  assert len(set("".join(pretrain_vlm.LETTERS))) == len(pretrain_vlm.PALETTE) == 69
 
 
 def test_dialogues_of_words():
-  sample = pretrain_vlm.Dialogues(RenderedWords(), "describe")[0]
+  sample = pretrain_vlm.Dialogues(RenderedWords(), describe=True)[0]
   assert sample.answer.startswith("the word ") and sample.texts == pretrain_vlm.DESCRIBE
 
 
