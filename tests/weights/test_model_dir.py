@@ -40,7 +40,7 @@ def test_every_tensor_that_does_not_fit_is_named(params, tmp_path):
 def test_a_damaged_or_newer_directory_is_refused(params, tmp_path):
   model_dir.save(tmp_path, CONFIG, params)
   (tmp_path / "scb.safetensors").write_bytes(b"not tensors")
-  with pytest.raises(UserError, match="scb.safetensors is damaged"):
+  with pytest.raises(UserError, match=r"scb\.safetensors is damaged"):
     model_dir.load(tmp_path)
   values = json.loads((tmp_path / "model.json").read_text())
   (tmp_path / "model.json").write_text(json.dumps(values | {"format": 99}))
