@@ -10,10 +10,12 @@ _PUBLIC = {
   "Conditioning": "deepgen_jax.models.deepgen",
 }
 
-__all__ = ["Conditioning", "DeepGenPipeline"]
+__all__ = ["Conditioning", "DeepGenPipeline", "rl"]
 
 
 def __getattr__(name: str):
+  if name == "rl":
+    return importlib.import_module("deepgen_jax.rl")
   if name not in _PUBLIC:
     raise AttributeError(f"module 'deepgen_jax' has no attribute {name!r}")
   return getattr(importlib.import_module(_PUBLIC[name]), name)
