@@ -1,4 +1,4 @@
-"""Reads a DeepGen folder in the diffusers format: what `DeepGen-1.0-diffusers` holds, one safetensors file a part.
+"""Reads a DeepGen folder in the diffusers format, a part in one safetensors file or in several with an index.
 
     model_index.json
     transformer/ vae/   config.json, diffusion_pytorch_model.safetensors     diffusers' SD3Transformer2DModel, AutoencoderKL
@@ -84,19 +84,34 @@ def _table(part: str, config: DeepGenConfig) -> Table:
 
 def _tensors(folder: epath.Path, part: str) -> dict[str, np.ndarray]:
   """Every tensor of a part's file, in its stored dtype."""
-  file = folder / "/".join(FILES[part])
-  if not file.exists():
-    raise UserError(f"{folder} looks like a diffusers folder, but {file} is missing; only single-file safetensors are read")
-  try:
-    with safe_open(str(file), framework="flax") as opened:  # numpy alone knows no bfloat16
-      tensors = {key: np.asarray(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118  not a mapping
-  except Exception as error:  # safetensors raises its own and several built-in kinds
-    raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+  tensors = {}
+  for file in _files(folder / "/".join(FILES[part])):
+    try:
+      with safe_open(str(file), framework="flax") as opened:  # numpy alone knows no bfloat16
+        tensors |= {key: np.asarray(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118  not a mapping
+    except Exception as error:  # safetensors raises its own and several built-in kinds
+      raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
   if part != "vlm":
     return tensors
   for pattern, replacement in VLM_SPELLINGS:
     tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
   return tensors
+
+
+def _files(file: epath.Path) -> list[epath.Path]:
+  """The file itself or, where there is an index beside it instead, every file that the index names."""
+  index = file.with_name(file.name + ".index.json")
+  if file.exists():
+    return [file]
+  if not index.exists():
+    raise UserError(f"{file.parent.parent} looks like a diffusers folder, but {file} is missing, and so is {index.name}")
+  try:
+    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    raise UserError(f"{index} is damaged: {error!r}") from error
+  if missing := [name for name in names if not (file.parent / name).exists()]:
+    raise UserError(f"{index} names files that are missing: {', '.join(missing)}")
+  return [file.parent / name for name in names]
 
 
 def read_config(folder: epath.Path, connector: Mapping[str, np.ndarray] | None) -> DeepGenConfig:

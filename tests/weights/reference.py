@@ -112,11 +112,11 @@ class Reference:
     self.vlm, self.connector, self.dit, self.vae = (oracle.randomise(module, seed) for seed, module in enumerate(modules))
     self.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=config.scheduler.shift)
 
-  def save(self, folder, dtype=torch.float32):
-    """Writes the folder with the libraries' own save_pretrained; `dtype` is the stored one."""
+  def save(self, folder, dtype=torch.float32, **options):
+    """Writes the folder with the libraries' own save_pretrained and its options for VLM and DiT; `dtype` is the stored one."""
     vlm, connector, dit, vae = (copy.deepcopy(m).to(dtype) for m in (self.vlm, self.connector, self.dit, self.vae))
-    vlm.save_pretrained(folder / "vlm")
-    dit.save_pretrained(folder / "transformer")
+    vlm.save_pretrained(folder / "vlm", **options)
+    dit.save_pretrained(folder / "transformer", **options)
     vae.save_pretrained(folder / "vae")
     self.scheduler.save_pretrained(folder / "scheduler")
     self.tokenizer.save_pretrained(folder / "tokenizer")

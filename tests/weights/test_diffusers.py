@@ -223,6 +223,21 @@ def edit_bytes(name, change):
   return apply
 
 
+def test_parts_in_several_files(reference, parameters, tmp_path):
+  """With an index beside them, as large models come; a missing file, and a damaged index, are named."""
+  reference.save(tmp_path, max_shard_size="100KB")
+  for part, stem in (("vlm", "model"), ("transformer", "diffusion_pytorch_model")):
+    assert len(list((tmp_path / part).glob("*.safetensors"))) > 1 and not (tmp_path / part / f"{stem}.safetensors").exists()
+  assert_equal(leaves(tmp_path), parameters)
+  gone = min((tmp_path / "vlm").glob("*.safetensors"))
+  gone.unlink()
+  with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json names files that are missing: {gone.name}"):
+    load_model(tmp_path)
+  (tmp_path / "vlm" / "model.safetensors.index.json").write_text("{}")
+  with pytest.raises(UserError, match=r"index\.json is damaged"):
+    load_model(tmp_path)
+
+
 def remove(name):
   return lambda folder: (folder / name).unlink()
 
