@@ -13,7 +13,7 @@ towards noise, where the text matters most.
 from configs import common
 
 # Projector and heads read residual streams as they are, several times larger than what the normalised layers read.
-LR_GROUPS = [("scb/projector/.*", 0.1), ("scb/.*_head/.*", 0.25), ("scb/.*", 1.0), ("(dit|vlm)/.*", 0.2)]
+LR_GROUPS = [("scb/projector/.*", 0.2), ("scb/.*_head/.*", 0.5), ("scb/.*", 1.0), ("(dit|vlm)/.*", 0.2)]
 
 
 def get_config(size: str = "tiny"):
@@ -24,7 +24,7 @@ def get_config(size: str = "tiny"):
   c.steps = 50_000
   c.checkpoint.every, c.checkpoint.keep = 10_000, 5
   if size == "tiny":
-    c.optim.lr, c.optim.warmup, c.optim.lr_groups = 3e-3, 0.05, LR_GROUPS
+    c.optim.lr, c.optim.warmup, c.optim.lr_groups = 3e-3, 0.1, LR_GROUPS
     c.timesteps.weighting, c.timesteps.logit_mean = "logit_normal", 1.0
     c.steps = 270
     c.checkpoint.every, c.checkpoint.keep, c.eval.every = 90, 2, 90

@@ -52,6 +52,6 @@ def get_config(size: str = "tiny") -> ConfigDict:
   c.checkpoint = ConfigDict({"every": 500, "keep": 2})
   c.log = ConfigDict({"every": 10})
   # every: updates (0: never); samples: held-out ones of a task that are judged; pictures: grids of what the weights make
-  c.eval = ConfigDict({"every": 500, "samples": 225, "pictures": True})
+  c.eval = ConfigDict({"every": 500, "samples": 224, "pictures": True})
   c.profile = ""  # "START:END": a trace of these updates goes to WORKDIR/profile
   return c

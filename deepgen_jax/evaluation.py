@@ -24,6 +24,7 @@ from deepgen_jax.errors import run_command
 from deepgen_jax.heldout import GUIDANCE, STEPS, HeldOut, generate
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.pipeline import DeepGenPipeline
+from deepgen_jax.sharding import make_mesh
 from deepgen_jax.weights.load import load_model
 
 
@@ -31,8 +32,8 @@ def load_pipeline(path: str, base: str | None = None) -> DeepGenPipeline:
   """The pipeline of a model, or of a base without an SCB: that gets the fresh one that stage 1 starts from (seed 0)."""
   config, params, tokenizer = load_model(path, base=base)
   if "scb" not in params:
-    params = params | DeepGen(config).init(jax.random.key(0), ("scb",))
-  return DeepGenPipeline(config, params, tokenizer)
+    params = params | jax.jit(lambda key: DeepGen(config).init(key, ("scb",)))(jax.random.key(0))
+  return DeepGenPipeline(config, params, tokenizer, mesh=make_mesh())
 
 
 def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, guidance: float) -> tuple[dict, dict]:
@@ -45,7 +46,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
   instructions = [edit.instructions[0] for edit in triplets.edits]
   source, true = (gallery[[getattr(edit, which) for edit in triplets.edits]] for which in ("source", "target"))
   edited = generate(pipe, instructions, source, steps, guidance)
-  held_out = HeldOut(pipe.model, pipe.tokenizer, {"generate": captions, "edit": triplets}, 225)
+  held_out = HeldOut(pipe.model, pipe.tokenizer, {"generate": captions, "edit": triplets}, 225, pipe.mesh)
   retrieval = Retrieval(gallery)
   by_caption = retrieval.recall(generated, captions.indices)
   by_edit = retrieval.recall(edited, [edit.target for edit in triplets.edits])

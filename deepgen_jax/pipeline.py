@@ -87,7 +87,9 @@ class DeepGenPipeline:
     """
     if isinstance(prompts, str):
       raise UserError("encode_prompt takes a list of prompts; put the one you have in a list")
-    images = [[] for _ in prompts] if images is None else [[load_image(image) for image in row] for row in images]
+    images = [[] for _ in prompts] if images is None else images
+    pixels = {id(image): load_image(image) for row in images for image in row}  # with guidance each comes twice
+    images = [[pixels[id(image)] for image in row] for row in images]
     if len(images) != len(prompts):
       raise UserError(f"{len(prompts)} prompts but images for {len(images)}")
     rows = []
@@ -96,11 +98,12 @@ class DeepGenPipeline:
       rows.append(prompting.tokenize(self.tokenizer, "edit" if row else "generate", text, sizes))
     inputs = prompting.collate(rows, self.config.scb.num_think_tokens)
     if any(images):
-      features = [[np.asarray(self._features(self.params, image[None]))[0] for image in row] for row in images]
+      encoded = {id(image): np.asarray(self._features(self.params, image[None]))[0] for row in images for image in row}
+      features = [[encoded[id(image)] for image in row] for row in images]
       vision = [np.concatenate(row) if row else np.zeros((0, self.config.vision.out_size), np.float32) for row in features]
       longest = token_budget([len(v) for v in vision], 4)
       inputs["vision"] = np.stack([np.pad(v, ((0, longest - len(v)), (0, 0))) for v in vision])
-    return self._condition(self.params, inputs)
+    return self._condition(self.params, self._deal(inputs))
 
   def encode_image(self, image) -> jax.Array:
     """uint8 [H,W,3] or PIL, sides multiples of 32 -> scaled latent [1,h,w,c] float32, the posterior's mode."""
@@ -184,28 +187,35 @@ class DeepGenPipeline:
     """One batch of one output size -> (decoded images [B,H,W,3], scaled latents [B,h,w,c])."""
     guided = guidance > 1
     height, width = (side // self.config.vae.factor for side in size)
-    doubled = lambda negative, positive: [*negative, *positive] if guided else [*positive]
-    cond = self.encode_prompt(doubled(negatives, texts), doubled(rows, rows))
+    pairs = lambda negative, positive: [x for pair in zip(negative, positive) for x in pair] if guided else positive
+    latents = [[self.encode_image(x) for x in row] for row in rows]
+    cond = self.encode_prompt(pairs(negatives, texts), pairs(rows, rows))
     target = self._target(len(cond.pooled), height, width)
-    references = self._references(doubled(*[[[self.encode_image(x) for x in row] for row in rows]] * 2))
+    inputs = (patchify(noise, self.config.dit.patch_size), cond, target, self._references(pairs(latents, latents)))
     sigmas = inference_sigmas(self.config.scheduler, steps, target["mask"].shape[1])
-    args = (patchify(noise, self.config.dit.patch_size), cond, target, references, sigmas, np.float32(guidance))
-    return self._sample(self.params, *args, size=(height, width), guided=guided)
+    return self._sample(self.params, *self._deal(inputs), sigmas, np.float32(guidance), size=(height, width), guided=guided)
 
   def _sample_program(self, params, noise, cond, target, references, sigmas, guidance, *, size, guided):
-    """All steps and the decoding; with guidance, conditioning holds [negative, positive]."""
+    """All steps and the decoding; with guidance, conditioning holds each sample's negative and positive branch in turn."""
     prepared = self.model.prepare(params, cond, target, references)
 
     def velocity(x, timestep):
-      x = jnp.concatenate([x, x]) if guided else x
+      x = jnp.repeat(x, 2, axis=0) if guided else x
       v = self.model.velocity(params, x, jnp.full((len(x),), timestep), prepared)
-      return guide(*reversed(jnp.split(v, 2)), guidance) if guided else v
+      return guide(v[1::2], v[::2], guidance) if guided else v
 
     latents = unpatchify(euler_sample(velocity, noise, sigmas), *size, self.config.dit.patch_size)
     return self.model.decode(params, latents), latents
 
   def _velocity_program(self, params, tokens, timestep, cond, target, references):
     return self.model.velocity(params, tokens, timestep, self.model.prepare(params, cond, target, references))
+
+  def _deal(self, tree):
+    """Arrays whose leading axis is the batch, dealt to the devices of the mesh where these divide it."""
+    count = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    if count == 1 or any(len(x) % count for x in jax.tree.leaves(tree)):
+      return tree
+    return jax.device_put(tree, sharding.batch_sharding(self.mesh))
 
   def _target(self, batch: int, height: int, width: int) -> dict:
     """Positions and mask of target latents [height, width]."""

@@ -25,7 +25,7 @@ def pipe(tokenizer):
 @pytest.fixture(scope="module")
 def judge(pipe, emoji):
   sources = {"generate": EmojiGeneration(emoji, held_out=True), "edit": EmojiEdits(emoji, held_out=True)}
-  return HeldOut(pipe.model, pipe.tokenizer, sources, BATCH + 3)
+  return HeldOut(pipe.model, pipe.tokenizer, sources, BATCH + 3, pipe.mesh)
 
 
 def test_losses_are_fixed_and_follow_the_weights(judge, pipe):
@@ -46,17 +46,18 @@ def test_losses_see_lora(judge, pipe):
 
 def test_pictures_show_what_the_weights_make(judge, pipe, emoji):
   grids = judge.pictures(pipe, pipe.params)
-  assert grids["generate"].shape == (5 * 64, 5 * 2 * 64, 3) and grids["edit"].shape == (5 * 64, 5 * 3 * 64, 3)
+  assert grids["generate"].shape == (8 * 64, 4 * 2 * 64, 3) and grids["edit"].shape == (8 * 64, 4 * 3 * 64, 3)
   first = EmojiGeneration(emoji, held_out=True)[0]
   np.testing.assert_array_equal(grids["generate"][:64, :64], first.target)
   made = generate(pipe, [first.texts[0]])[0]
   difference = np.abs(grids["generate"][:64, 64:128].astype(int) - made)
   assert difference.max() <= 1  # another batch
+  assert generate(pipe, [first.texts[0]] * 2, steps=1).shape == (2, 64, 64, 3)
 
 
 def test_too_few_samples_are_refused(pipe, emoji):
   with pytest.raises(UserError, match=r"config.eval.samples is 8"):
-    HeldOut(pipe.model, pipe.tokenizer, {"generate": EmojiGeneration(emoji, held_out=True)}, 8)
+    HeldOut(pipe.model, pipe.tokenizer, {"generate": EmojiGeneration(emoji, held_out=True)}, 8, pipe.mesh)
 
 
 def test_the_command_writes_scores_and_samples(emoji, emoji_dir, tmp_path, monkeypatch, capsys):

@@ -13,21 +13,19 @@ import pytest
 from etils import epath
 
 from deepgen_jax import checkpoint, train
-from deepgen_jax.data.tokens import build_tiny_tokenizer
 from deepgen_jax.errors import UserError, run_command
-from deepgen_jax.models.config import TINY
+from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.weights import model_dir
 from deepgen_jax.weights.load import load_model
+from tests.small import CONFIG, draw_params, save_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def base(tmp_path_factory):
-  """A base of random weights, as stage 1 takes it: no SCB."""
-  folder = tmp_path_factory.mktemp("base")
-  params = jax.jit(lambda key: DeepGen(TINY).init(key, ("vlm", "dit", "vae")))(jax.random.key(0))
-  model_dir.save(folder, TINY, params, build_tiny_tokenizer())
-  return folder
+  """A base as stage 1 takes it, without an SCB: random weights of a size that compiles fast, in the place of `tiny`."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(SIZES, "tiny", CONFIG)
+    yield save_model(tmp_path_factory.mktemp("base"), draw_params(), ("vlm", "dit", "vae"))
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +38,7 @@ def align(base, tmp_path_factory):
       "data.text_buckets": "(128,)",
       "unroll": "false",
       "eval.every": 0,
-      "eval.samples": 25,
+      "eval.samples": 32,
       "eval.pictures": "false",
       "log.every": 1,
       "checkpoint.every": 2,
@@ -79,7 +77,7 @@ def test_align_trains_scb_and_think_tokens_alone(whole, base):
   _, end, _ = load_model(whole)
   for part in ("vlm", "dit", "vae"):
     jax.tree.map(np.testing.assert_array_equal, end[part], start[part])
-  fresh = DeepGen(TINY).init(jax.random.key(0), ("scb",))["scb"]
+  fresh = DeepGen(CONFIG).init(jax.random.key(0), ("scb",))["scb"]
   moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), end["scb"], fresh)
   assert moved["think_tokens"] and moved["context_head"]["kernel"] and moved["layers"]["q"]["kernel"]
 

@@ -56,7 +56,7 @@ def build(config, mesh) -> Stage:
 
   held_out = None  # a user's own folder has none
   if config.eval.every and not config.data.folder:
-    held_out = HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples)
+    held_out = HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples, mesh)
   pipe = None
 
   def evaluate(params, step):
