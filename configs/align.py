@@ -1,9 +1,10 @@
 """Stage 1, alignment pre-training: SCB and think tokens learn to speak for a frozen VLM to a frozen DiT.
 
-python -m deepgen_jax.train --config configs/align.py:tiny --workdir runs/align     2 cores, 4.5 min
+python -m deepgen_jax.train --config configs/align.py:tiny --workdir runs/align     2 cores, 5 min
 python -m deepgen_jax.train --config configs/align.py:full --workdir gs://...       not measured yet
 
-Measured, tiny: held-out loss 1.203 -> 0.460 in 270 updates; retrieval stands in README.md.
+Measured, tiny: held-out loss 0.416 -> 0.340 in 270 updates; with --config.steps=900 (13 min) 0.308, and in retrieval generation
+R@1 3.6 %, R@5 12.9 %, edit R@1 38.0 %, R@5 69.2 %. More in README.md.
 
 `full` follows the paper's Table 9 and the reference's config; its 200,000 micro-iterations are 50,000 updates here.
 `tiny` departs where few updates must do: higher rates, with less for the linears whose input isn't normalised, and times drawn
