@@ -21,12 +21,12 @@ from deepgen_jax.sharding import batch_sharding, replicated
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch
 from deepgen_jax.stages.objective import sample_loss
 
-BATCH = 32
+BATCH = 40
 STEPS, GUIDANCE = 10, 3.0  # shipped sampler settings of the tiny model
 
 
 class HeldOut:
-  """The first `count` samples of each task's source, in batches of 32 (a rest is left out)."""
+  """The first `count` samples of each task's source, in batches of `BATCH` (a rest is left out)."""
 
   def __init__(self, model: DeepGen, tokenizer, sources: Mapping[str, Source], count: int, mesh):
     if count < BATCH:

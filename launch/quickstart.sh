@@ -13,12 +13,12 @@ python=${VENV:-.venv}/bin/python
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-output=runs/quickstart evaluation=(--edits 250)
-training=(--config.eval.pictures=false --config.eval.samples=64) # what is scored below, needn't be drawn on the way
+output=runs/quickstart evaluation=(--edits 200)
+training=(--config.eval.pictures=false --config.eval.samples=80) # what is scored below, needn't be drawn on the way
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
   output=runs/quickstart-$QUICKSTART_STEPS
   training+=("--config.steps=$QUICKSTART_STEPS")
-  evaluation=(--edits 32 --steps 2)
+  evaluation=(--edits 40 --steps 2)
 fi
 
 clock() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
