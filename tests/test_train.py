@@ -38,7 +38,7 @@ def align(base, tmp_path_factory):
       "data.text_buckets": "(128,)",
       "unroll": "false",
       "eval.every": 0,
-      "eval.samples": 32,
+      "eval.samples": 40,
       "eval.pictures": "false",
       "log.every": 1,
       "checkpoint.every": 2,
