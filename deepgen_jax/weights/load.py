@@ -11,6 +11,7 @@ is needed: `Weights` is sizes, names, shapes, and how to get at the values.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -127,15 +128,14 @@ def open_weights(
   weights unless `weights` is "raw". lora_alpha: of LoRA whose file doesn't say it (default: twice the rank). Raises UserError
   for whatever can't be opened, and one that lists every tensor that is missing, unknown or of another shape.
   """
-  bases = [base] if isinstance(base, str | epath.Path) else list(base or ())
+  bases = [base] if isinstance(base, str | os.PathLike) else list(base or ())
   layers = [_open(path, weights, parts, bases, lora_alpha)]
   if layers[0].kind != "training workdir":
     layers += [_open(one, weights, parts, [], lora_alpha) for one in bases]
   config = _compose_config(layers)
-  shapes = {tied: model_dir.leaf_shapes(_tie(config, tied), PARTS) for tied in {True, config.text.tie_word_embeddings}}
   made = Weights(config, {}, {}, None)
   for layer in reversed(layers):
-    made = _lay_over(made, layer, parts, shapes)
+    made = _lay_over(made, layer, parts)
   kept = {part: made.leaves[part] for part in parts if part in made.leaves}
   return replace(made, leaves=kept, factors={n: f for n, f in made.factors.items() if n.partition("/")[0] in kept})
 
@@ -166,10 +166,9 @@ def _compose_config(layers: Sequence[Opened]) -> DeepGenConfig:
   return replace(config, scb=scb)
 
 
-def _lay_over(below: Weights, layer: Opened, parts: Sequence[str], shapes) -> Weights:
+def _lay_over(below: Weights, layer: Opened, parts: Sequence[str]) -> Weights:
   """What a layer holds over what is below it."""
   config, leaves, factors = below.config, dict(below.leaves), dict(below.factors)
-  expected = shapes[config.text.tie_word_embeddings]
   for part in layer.parts:
     if part not in parts:
       continue
@@ -178,31 +177,29 @@ def _lay_over(below: Weights, layer: Opened, parts: Sequence[str], shapes) -> We
       leaves[part] = layer.leaves[part]
       continue
     try:
-      leaves[part] = to_leaves(diffusers.table(part, config), layer.states[part], expected[part])
+      leaves[part] = to_leaves(diffusers.table(part, config), layer.states[part], model_dir.leaf_shapes(config)[part])
     except UserError as error:
       file = "/".join(("", *diffusers.FILES[part])) if layer.kind == "diffusers folder" else ""
       raise UserError(f"{layer.where}{file}: {error}") from error
   new = dict(layer.factors)
   if layer.pairs:
-    # The table of an untied model knows the head too.
-    whole = model_dir.leaf_shapes(_tie(config, False), PARTS)
     try:
-      new |= _to_factors(layer, _tie(config, False), leaves, whole)
+      new |= _to_factors(layer, _tie(config, False), leaves)  # the table of an untied model knows the head too
     except UserError as error:
       raise UserError(f"{layer.where}: {error}") from error
   if new:
-    below = Weights(config, leaves, factors, None).merged()  # LoRA upon LoRA: the older one becomes part of the kernels
-    config, leaves, factors = below.config, dict(below.leaves), new
+    older = Weights(config, leaves, factors, None).merged()  # LoRA upon LoRA: the older one becomes part of the kernels
+    config, leaves, factors = older.config, dict(older.leaves), new
     if config.text.tie_word_embeddings and "vlm/text/head/kernel" in new:  # which has nothing to be added to yet
       config, leaves["vlm"] = _tie(config, False), _untied(leaves["vlm"])
   return Weights(config, leaves, factors, layer.tokenizer or below.tokenizer_dir)
 
 
-def _to_factors(layer: Opened, config: DeepGenConfig, leaves, shapes) -> dict[str, Factors]:
+def _to_factors(layer: Opened, config: DeepGenConfig, leaves) -> dict[str, Factors]:
   """The layer's LoRA on VLM and DiT in our layout; a module belongs to the part whose table knows it."""
   of_dit = {key.removesuffix(".weight") for row in diffusers.table("dit", config).rows for key in row.theirs()}
   dit = {module: pair for module, pair in layer.pairs.items() if module in of_dit}  # no module of the VLM has such a name
-  out = {}
+  out, shapes = {}, model_dir.leaf_shapes(config)
   for part, pairs in (("vlm", {m: p for m, p in layer.pairs.items() if m not in dit}), ("dit", dit)):
     if pairs and part not in leaves:
       raise UserError(f"it holds LoRA of the {part}, whose base weights are in none of the given folders: add --base")
@@ -327,7 +324,10 @@ def _open_checkpoint(file: epath.Path, lora_alpha: float | None) -> Opened:
   if unknown:
     raise UserError(f"{file} has {len(unknown)} keys that are no part of a DeepGen checkpoint:\n  " + "\n  ".join(unknown[:20]))
   opened = Opened(str(file), "training checkpoint", scale_of=lora_format.checkpoint_scale(lora_alpha))
-  opened.pairs = lora_format.pair_up(lora)
+  try:
+    opened.pairs = lora_format.pair_up(lora)
+  except UserError as error:
+    raise UserError(f"{file}: {error}") from error
   if states.get("dit", {}).keys() == {"pos_embed.pos_embed"}:
     del states["dit"]  # after stage 1 only this constant is there; the DiT itself is the base's
   if "scb" in states:

@@ -27,7 +27,7 @@ from deepgen_jax.weights.torch_format import Row, Table
 
 ScaleOf = Callable[[str, int], float]  # module, rank -> what B A is multiplied by
 ADAPTER = "adapter_model.safetensors"
-_NAME = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?P<adapter>\w+?))?(?:\.weight)?")
+_NAME = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<side>[AB])(?:\.(?P<adapter>(?!weight$)\w+))?(?:\.weight)?")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ A directory may lack parts: a base for stage 1 has no SCB.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 
@@ -86,7 +87,7 @@ def open_parts(path, parts=PARTS) -> dict[str, dict[str, Tensor]]:
   """
   folder = epath.Path(path)
   there = [part for part in parts if files.has_files(folder / f"{part}.safetensors")]
-  expected = leaf_shapes(load_config(path), there)
+  expected = leaf_shapes(load_config(path))
   out, problems = {}, []
   for part in there:
     out[part] = files.open_files(folder / f"{part}.safetensors")
@@ -114,12 +115,12 @@ def open_lora(path) -> dict[str, Factors]:
   return {name: Factors(found[f"{name}/a"], found[f"{name}/b"], float(settings["scale"])) for name in sorted(names)}
 
 
-def leaf_shapes(config: DeepGenConfig, parts) -> dict[str, dict[str, tuple[int, ...]]]:
+@functools.lru_cache(maxsize=8)
+def leaf_shapes(config: DeepGenConfig) -> dict[str, dict[str, tuple[int, ...]]]:
   """{part: {path: shape}} of a model of these sizes; nothing is computed."""
-  model = DeepGen(config)
-  trees = jax.eval_shape(lambda: model.init(jax.random.key(0), parts))
+  trees = jax.eval_shape(DeepGen(config).init, jax.random.key(0))
   flat = lambda tree: {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-  return {part: flat(trees[part]) for part in parts}
+  return {part: flat(trees[part]) for part in PARTS}
 
 
 def load(path, parts=PARTS) -> dict:

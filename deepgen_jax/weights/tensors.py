@@ -161,7 +161,7 @@ def write_file(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
   with partial.open("wb") as file:
     file.write(len(encoded).to_bytes(8, "little") + encoded)
     for name, tensor in tensors.items():
-      values = np.ascontiguousarray(read_finite(name, tensor))
+      values = np.asarray(read_finite(name, tensor), order="C")
       if values.shape != tensor.shape or values.dtype != tensor.dtype:
         raise ValueError(f"{name}: {values.dtype} {values.shape}, announced as {tensor.dtype} {tensor.shape}")
       file.write(memoryview(values.reshape(-1).view(np.uint8)))
