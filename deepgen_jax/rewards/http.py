@@ -18,9 +18,8 @@ import socket
 import threading
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -83,18 +82,31 @@ class Client:
 
     post(path, body) -> the JSON object that the server answers; it raises Failure.
     """
-    if not jobs:
-      return []
     post = functools.partial(self._post, time.monotonic() + self.limit)
+    results: list[Any] = [None] * len(jobs)
+    waiting = deque(enumerate(jobs))
 
-    def settle(job: Job) -> Answer | Failure:
-      try:
-        return ask(post, job)
-      except Failure as failure:
-        return failure
+    def work() -> None:
+      while True:
+        try:
+          index, job = waiting.popleft()
+        except IndexError:
+          return
+        try:
+          results[index] = ask(post, job)
+        except Exception as error:
+          results[index] = error
 
-    with ThreadPoolExecutor(min(self.concurrency, len(jobs))) as pool:
-      return list(pool.map(settle, jobs))
+    # Daemons, not a pool, whose threads are waited for when the process ends: an interrupted run would hang on a hanging server.
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(jobs)))]
+    for worker in workers:
+      worker.start()
+    for worker in workers:
+      worker.join()
+    for result in results:
+      if isinstance(result, Exception) and not isinstance(result, Failure):
+        raise result
+    return results
 
   def _post(self, deadline: float, path: str, body: Any) -> dict:
     try:

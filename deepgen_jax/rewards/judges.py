@@ -31,9 +31,9 @@ from deepgen_jax.errors import UserError
 from deepgen_jax.rewards.http import Client, Failure, Post, encode_image, finite, scores, tally
 from deepgen_jax.rewards.reward import Item
 
-# unifiedreward_think.txt and unifiedreward.txt are, to the letter, what these models' authors ask them: the wording is part
-# of the protocol that they are trained for. From github.com/CodeGoat24/UnifiedReward, at dae5c72 and a759534, the files
-# UnifiedReward-Think/inference_qwen/UnifiedReward-Think-qwen3vl-inference/qwen3vl_infer_cot_image_generation.py and
+# unifiedreward_think.txt and unifiedreward.txt are, to the letter, what these models' authors ask them: the wording is part of
+# the protocol that they are trained for. From github.com/CodeGoat24/UnifiedReward (MIT, see NOTICE) at 53e1343, the files
+# UnifiedReward-Think/inference_qwen/UnifiedReward-Think-qwen3-inference/qwen3_infer_cot_image_generation.py and
 # inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py. The other two texts are this project's.
 TEMPLATES = Path(__file__).parent.parent / "assets" / "judges"
 

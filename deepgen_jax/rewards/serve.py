@@ -56,13 +56,15 @@ class Server(ThreadingHTTPServer):
   def __init__(self, rewards: Mapping[str, Reward], host: str, port: int, token: str | None = None, max_bytes: int = 1 << 28):
     self.rewards, self.token, self.max_bytes = rewards, token, max_bytes
     self.lock = threading.Lock()
+    if not 0 <= port < 1 << 16:
+      raise UserError(f"--port {port}: must be from 0 to 65535")
     try:
       family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
       if token is None and not ipaddress.ip_address(address[0]).is_loopback:
         raise UserError(f"--host {host} can be reached from other machines; give --token_file FILE, or --host 127.0.0.1")
       self.address_family = family
       super().__init__(address[:2], Handler)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
       raise UserError(f"can't listen on --host {host} --port {port}: {error}") from error
 
   @property

@@ -4,6 +4,8 @@ import base64
 import io
 import itertools
 import math
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -66,6 +68,26 @@ def test_only_what_may_pass_is_tried_again(status, requests):
     (result,), _ = ask(server.url)
   assert len(server.seen) == requests
   assert result == {"answer": 1} if requests == 3 else result.reason == f"HTTP {status}"
+
+
+def test_a_bug_in_asking_is_raised():
+  with servers.serving(echo) as server, pytest.raises(ZeroDivisionError):
+    Client(server.url, **servers.QUICK).map(lambda post, job: 1 / job, [1, 0])
+
+
+def test_a_process_that_is_interrupted_does_not_wait_for_a_hanging_server():
+  code = """
+import _thread, sys, threading
+from deepgen_jax.rewards.http import Client
+threading.Timer(0.3, _thread.interrupt_main).start()
+Client(sys.argv[1]).map(lambda post, job: post("/ask", {}), [1])
+"""
+  with servers.serving(servers.hang) as server:
+    start = time.monotonic()
+    process = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, timeout=60)
+    seconds = time.monotonic() - start
+  assert "KeyboardInterrupt" in process.stderr and len(server.seen) == 1
+  assert seconds < 9  # a hanging server here lets go after ten
 
 
 def test_attempts_end_and_pauses_double_with_jitter(monkeypatch):
@@ -170,7 +192,7 @@ def test_a_bad_url(url):
 
 
 @pytest.mark.parametrize(
-  "name, value", itertools.product(["concurrency", "timeout", "limit", "attempts"], [0, -1, math.nan, math.inf])
+  "name, value", [*itertools.product(["concurrency", "timeout", "limit", "attempts"], [0, -1, math.nan, math.inf])]
 )
 def test_a_bad_number(name, value):
   with pytest.raises(UserError, match=f"{name} is"):

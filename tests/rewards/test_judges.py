@@ -1,6 +1,7 @@
 """Judges over an OpenAI-compatible endpoint: what is asked, what counts as an answer, and win rates."""
 
 import base64
+import hashlib
 import io
 import itertools
 import json
@@ -253,15 +254,15 @@ def test_what_is_asked():
 
 
 def test_the_trained_templates_are_asked_to_the_letter():
-  """The markers that the models' answers follow; the length is that of the text that their authors send."""
-  _, _, seen = judge("unifiedreward_think", brighter, make_items(1, 2))
-  text = text_of(seen[0])
-  assert text.startswith("You are an objective and precise evaluator for image quality comparison.")
-  assert "images is: 「grey 1」. You" in text or "images is: 「grey 2」. You" in text
-  assert "\n        <answer>Image 1 is better</answer>\n\n" in text and "            Dimension name: \n" in text
-  assert len(text) == 3187 - len("{prompt}") + len("grey 1")
-  _, _, (body,) = judge("unifiedreward", servers.always(completion(AXES.format(1, 2, 3))), make_items(4))
-  assert text_of(body).endswith("Style Score (1-5): Z\n\nYour task is provided as follows:\nText Caption: [grey 4]")
+  """The hashes are those of the texts that the models' authors publish, {prompt} in the caption's place."""
+  for name, published in (
+    ("unifiedreward_think", "a8a0d80818246406b783d5cca630336c5fdf1264fef13f09d09bd94d61a139d5"),
+    ("unifiedreward", "75d52d3ae771f89b682db3b74cdaca1c7bde373a39162bc1c9dabd63cdc9b851"),
+  ):
+    _, _, seen = judge(name, servers.always(completion("")), [*make_items(0), *make_items(0)])
+    text = text_of(seen[0])
+    assert text.count("grey 0") == 1
+    assert hashlib.sha256(text.replace("grey 0", "{prompt}").encode()).hexdigest() == published
 
 
 def test_a_template_of_ones_own(tmp_path):
