@@ -97,7 +97,7 @@ class Client:
         except Exception as error:
           results[index] = error
 
-    # Daemons, not a pool, whose threads are waited for when the process ends: an interrupted run would hang on a hanging server.
+    # Daemons, not a pool: a pool's threads are waited for when the process ends, and a hanging server would hold it up.
     workers = [threading.Thread(target=work, daemon=True) for _ in range(min(self.concurrency, len(jobs)))]
     for worker in workers:
       worker.start()
