@@ -10,7 +10,12 @@ import numpy as np
 
 from deepgen_jax.rewards.reward import Item
 
-QUICK = dict(timeout=0.4, limit=3.0, pause=0.01, attempts=3)  # of a client in tests
+QUICK = dict(timeout=10.0, limit=20.0, pause=0.01, attempts=3)  # of a client in tests, where nothing hangs
+
+
+def once(reason):
+  """Options of a client that asks once, and waits only for what won't come: a busy machine may take a moment to answer."""
+  return dict(attempts=1, timeout=0.8 if reason == "timeout" else 10.0)
 
 
 @contextlib.contextmanager
@@ -73,7 +78,7 @@ def in_turn(*answers):
 
 
 def hang(handler, _):
-  handler.server.over.wait(10)
+  handler.server.over.wait(30)
 
 
 def drip(handler, _):

@@ -88,20 +88,20 @@ def test_a_judge_that_misbehaves_costs_the_pairs_it_misjudged(name):
     (answer if 40 in levels(body) else brighter)(handler, body)
 
   items = make_items(10, 20, 40, group=0) + make_items(1, 2, group=1)
-  values, failures, _ = judge("unifiedreward_think", fails_on_40, items, attempts=1, timeout=0.3)
+  values, failures, _ = judge("unifiedreward_think", fails_on_40, items, **servers.once(reason))
   np.testing.assert_array_equal(values, [0, 1, np.nan, 0, 1])
   assert failures == {reason: 4}
 
 
 def test_all_groups_are_in_flight_at_once_under_one_bound():
-  together = threading.Barrier(12, timeout=5)
+  together = threading.Barrier(12, timeout=10)
 
   def answer(handler, body):
     together.wait()  # breaks unless all twelve requests of both groups are there
     brighter(handler, body)
 
   items = make_items(1, 2, 3, group=0) + make_items(4, 5, 6, group=1)
-  values, failures, _ = judge("unifiedreward_think", answer, items, timeout=5, limit=6)
+  values, failures, _ = judge("unifiedreward_think", answer, items)
   assert values.tolist() == [0, 0.5, 1, 0, 0.5, 1] and not failures
 
 

@@ -42,7 +42,7 @@ def test_a_scorer_that_misbehaves_makes_its_group_missing_and_no_other(name):
     (answer if body["items"][0]["group"] == 1 else level_scores)(handler, body)
 
   items = make_items(1, 2, group=0) + make_items(3, 4, group=1)
-  values, failures, _ = score(group_one_fails, items, attempts=1, timeout=0.3)
+  values, failures, _ = score(group_one_fails, items, **servers.once(reason))
   np.testing.assert_array_equal(values, [1, 2, np.nan, np.nan])
   assert failures == {reason: 2}
 

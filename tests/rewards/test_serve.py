@@ -150,6 +150,12 @@ def test_large_bodies_are_refused_and_the_client_learns_it(start):
   assert np.isnan(reward(make_items(1, metadata={"long": "x" * 4_000_000}))).all() and reward.failures == {"HTTP 413": 1}
 
 
+def test_a_refused_body_is_read_so_that_the_client_gets_the_answer(start):
+  """Without that the server's closing breaks the client's sending."""
+  status, answer = request(start(), "POST", "/scores", b"x" * (8 << 20))
+  assert status == 404 and "/scores does not exist" in answer["error"]
+
+
 @pytest.mark.parametrize(
   "headers, status", [({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415), ({"Content-Length": "x"}, 400)]
 )
