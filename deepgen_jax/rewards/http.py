@@ -68,7 +68,7 @@ class Client:
     pause: float = 1.0,
   ):
     self._parts = check_url(url)
-    for name, value in dict(concurrency=concurrency, timeout=timeout, limit=limit, attempts=attempts).items():
+    for name, value in dict(concurrency=concurrency, timeout=timeout, limit=limit, attempts=attempts, pause=pause).items():
       if not 0 < value < math.inf:
         raise UserError(f"{name} is {value!r} for {url}; give a positive number")
     self._headers = {"Content-Type": "application/json", "Accept": "application/json"}

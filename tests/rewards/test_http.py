@@ -196,7 +196,7 @@ def test_a_bad_url(url):
 
 
 @pytest.mark.parametrize(
-  "name, value", [*itertools.product(["concurrency", "timeout", "limit", "attempts"], [0, -1, math.nan, math.inf])]
+  "name, value", [*itertools.product(["concurrency", "timeout", "limit", "attempts", "pause"], [0, -1, math.nan, math.inf])]
 )
 def test_a_bad_number(name, value):
   with pytest.raises(UserError, match=f"{name} is"):
