@@ -137,6 +137,8 @@ def test_in_and_out_again_is_bit_equal(reference, tmp_path, dtype):
   assert scheduler.config.shift == 3.0 and torch.equal(scheduler.sigmas, reference.scheduler.sigmas)
   connector = files.open_file(tmp_path / "out" / "connector" / "model.safetensors")
   assert connector.keys() == reference.connector.state_dict().keys()
+  for file in (tmp_path / "in" / "tokenizer").iterdir():
+    assert (tmp_path / "out" / "tokenizer" / file.name).read_bytes() == file.read_bytes()
   text = "<|im_start|>user\nGenerate an image: a cat<|im_end|>"
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
   assert tokenizer(text)["input_ids"] == reference.tokenizer(text)["input_ids"]
