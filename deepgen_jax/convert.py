@@ -36,7 +36,7 @@ def convert(weights: Weights, target, to: str = "deepgen_jax", keep_lora: bool =
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"--target {target} exists and isn't empty; give a new folder")
   tokenizer = weights.tokenizer()
-  weights = weights if keep_lora else weights.merged()
+  weights = weights.untied() if keep_lora else weights.merged()
   try:
     copy_tokenizer(weights.tokenizer_dir, folder / "tokenizer")
     if to == "deepgen_jax":
