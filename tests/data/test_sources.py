@@ -33,7 +33,7 @@ def test_a_folder_of_images(folder):
   source = sources.ImageFolder(folder)
   assert len(source) == 4
   assert source[1].texts == ("a red b",) and source[1].target.shape == (30, 40, 3)
-  with pytest.raises(UserError, match="no such file or folder: .*nowhere"):
+  with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
     sources.ImageFolder(folder / "nowhere")
   (folder / "empty").mkdir()
   with pytest.raises(UserError, match="no images in"):
