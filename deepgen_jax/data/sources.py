@@ -22,6 +22,7 @@ from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+TRIES = 1000  # samples in a row that may be broken or filtered
 LISTED = 1000  # bad samples that are kept of a source; past that they are only counted
 
 
@@ -167,7 +168,7 @@ class BadSample(NamedTuple):
 class Guarded:
   """A source whose broken and filtered samples are replaced by the next good one, deterministically, and recorded.
 
-  Raises UserError when more than `max_bad_share` of the samples drawn (counting from 100 on) were broken, or none is usable.
+  Raises UserError when more than `max_bad_share` of the samples drawn (counting from 100 on) were broken, or `TRIES` in a row.
   """
 
   def __init__(self, source: Source, max_bad_share: float = 0.1, filters: Filters = FILTERS):
@@ -186,18 +187,20 @@ class Guarded:
   def __getitem__(self, index: int) -> Sample:
     with self._lock:
       self._drawn += 1
-    first = None
-    for step in range(len(self)):
+    first, tries = None, min(len(self), TRIES)
+    for step in range(tries):
       place = (index + step) % len(self)
       try:
         sample = self.source[place]
+        if sample.task != self.task:
+          raise UserError(f"a sample of task {sample.task!r} in a source of task {self.task!r}: give each its own source")
         check(sample, self.filters)
         return sample
       except (OSError, ValueError, KeyError) as error:  # UserError is a ValueError
         bad = BadSample(self.name, place, str(error), getattr(error, "filter", ""))
         first = first or bad
         self._record(bad, counts=step == 0)
-    raise UserError(f"no sample of the data source {self.name!r} can be used; the first: {first.reason}")
+    raise UserError(f"{tries} samples in a row of the data source {self.name!r} can't be used; the first: {first.reason}")
 
   def _record(self, bad: BadSample, counts: bool) -> None:
     with self._lock:

@@ -57,7 +57,7 @@ def test_broken_samples_are_replaced_by_the_next_and_listed(folder):
 def test_a_source_without_a_good_sample(folder):
   for name in "abcd":
     (folder / f"{name}.txt").unlink()
-  with pytest.raises(UserError, match=r"no sample .* can be used; the first: .*c\.png"):
+  with pytest.raises(UserError, match=r"4 samples in a row .* can't be used; the first: .*c\.png"):
     sources.Guarded(sources.ImageFolder(folder), max_bad_share=1.0)[2]
 
 

@@ -74,10 +74,11 @@ def build_sample(
   """The sample of a record. images: name -> what `decode` makes uint8 [H,W,3] of, or a list of such; texts: name -> a text
   or a list of wordings.
 
-  Only what is needed is decoded: in a source of task "generate" no references. Raises UserError for a field that is missing or
-  of another type.
+  task: "" for what the record looks like; with "generate" references are neither decoded nor kept. Raises UserError for a field
+  that is missing or of another type.
   """
   fields = fields.complete(images, texts)
+  task = task or fields.task
 
   def load(name: str) -> list[np.ndarray]:
     value = images.get(name)

@@ -41,7 +41,7 @@ class JsonList:
     lines = [line for file in files for line in _lines(file)]
     self._text = b"".join(lines)
     self._starts = np.cumsum([0, *(len(line) for line in lines)])
-    self.task = task or first_task(self._fields, self._heads(100), path)
+    self._wanted, self.task = task, task or first_task(self._fields, self._heads(100), path)
 
   def __len__(self) -> int:
     return len(self._starts) - 1
@@ -52,7 +52,7 @@ class JsonList:
       fields, (images, texts) = self._fields, _split(entry, self._fields)
       if "annotation" in entry:
         fields, texts = self._annotated(entry["annotation"])
-      return build_sample(self.task, fields, images, texts, lambda path: load_image(self._images / path))
+      return build_sample(self._wanted, fields, images, texts, lambda path: load_image(self._images / path))
     except ValueError as error:
       raise UserError(f"entry {index}: {error}") from error
 

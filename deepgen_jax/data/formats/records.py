@@ -31,13 +31,13 @@ class ArrayRecords:
     files = [os.fspath(file) for file in find_files(path, r"array_?record")]
     self._records: Sequence[bytes] = _try(lambda: ArrayRecordDataSource(files), self.name)
     self._fields = as_fields(text, target, references)
-    self.task = task or first_task(self._fields, _heads(self._records, self.name), path)
+    self._wanted, self.task = task, task or first_task(self._fields, _heads(self._records, self.name), path)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Sample:
-    return _sample(self.name, self._records, index, self.task, self._fields)
+    return _sample(self.name, self._records, index, self._wanted, self._fields)
 
 
 class Tfds:
@@ -55,13 +55,13 @@ class Tfds:
       raise UserError(f"{self.name} has no split {split!r}, but {', '.join(splits)}.{nearest(split, splits)}")
     self._records: Sequence[bytes] = _try(lambda: _raw(builder, split), self.name)
     self._fields = as_fields(text, target, references)
-    self.task = task or first_task(self._fields, _heads(self._records, self.name), path)
+    self._wanted, self.task = task, task or first_task(self._fields, _heads(self._records, self.name), path)
 
   def __len__(self) -> int:
     return len(self._records)
 
   def __getitem__(self, index: int) -> Sample:
-    return _sample(self.name, self._records, index, self.task, self._fields)
+    return _sample(self.name, self._records, index, self._wanted, self._fields)
 
 
 def _builder(path: str, folder: str):

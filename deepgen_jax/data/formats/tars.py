@@ -52,7 +52,7 @@ class Tars:
     members = np.concatenate([index["members"] for index in indices])  # of each sample
     self._starts = np.cumsum([0, *members])
     self._first = np.cumsum([0, *(len(index["members"]) for index in indices)])  # sample of each tar
-    self.task = task or first_task(self._fields, self._heads(100), path)
+    self._wanted, self.task = task, task or first_task(self._fields, self._heads(100), path)
 
   def __len__(self) -> int:
     return len(self._starts) - 1
@@ -61,7 +61,7 @@ class Tars:
     file = self._files[self._tar(index)]
     try:
       images, texts = self._record(index)
-      return build_sample(self.task, self._fields, images, texts, lambda place: decode_image(_read(file, place), "in it"))
+      return build_sample(self._wanted, self._fields, images, texts, lambda place: decode_image(_read(file, place), "in it"))
     except ValueError as error:
       raise UserError(f"{file}, sample {index - self._first[self._tar(index)]}: {error}") from error
 

@@ -6,6 +6,7 @@ import pickle
 import pytest
 
 from deepgen_jax.data.formats.json_lists import JsonList
+from deepgen_jax.data.sources import Guarded
 from deepgen_jax.errors import UserError
 from tests.data.formats.pictures import numbers, picture
 
@@ -75,6 +76,14 @@ def test_a_missing_image_is_a_broken_sample(root):
   source = JsonList(write(root / "list.json", [{"image_path": "none.png", "txt": "x"}]))
   with pytest.raises(UserError, match=r"entry 0: image .*none\.png does not exist"):
     source[0]
+
+
+def test_a_list_that_mixes_tasks_has_samples_of_another_task_than_its_own(root):
+  edit = {"input_image": ["raw/sub/1.png"], "output_image": "raw/sub/2.png", "instruction": "change"}
+  source = JsonList(write(root / "list.json", [{"image_path": "raw/sub/0.png", "txt": "zero"}, edit]))
+  guarded = Guarded(source)
+  assert source.task == "generate" and guarded[1].texts == ("zero",)
+  assert "'edit' in a source of task 'generate'" in guarded.bad_samples()[0].reason
 
 
 def test_the_task_can_be_set(root):
