@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from deepgen_jax.errors import UserError
 
@@ -48,7 +48,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
       return _rgb(image)
   except Exception as error:  # on damaged files PIL raises many kinds: SyntaxError, struct.error, EOFError, IndexError ...
-    raise UserError(f"cannot read image {name}: {error}. Give a PNG, JPEG or WebP file.") from error
+    reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    raise UserError(f"cannot read image {name}: {reason}. Give a PNG, JPEG or WebP file.") from error
 
 
 def _rgb(image: Image.Image) -> np.ndarray:

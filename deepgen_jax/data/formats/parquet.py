@@ -130,4 +130,4 @@ def _decode(value, folder: epath.Path) -> np.ndarray:
     if value["bytes"] is None:
       return load_image(folder / value["path"])
     value = value["bytes"]
-  return decode_image(value, "in it")
+  return decode_image(value, "of this record")

@@ -138,6 +138,6 @@ def _heads(records: Sequence[bytes], name: str) -> Iterator[tuple[dict, dict]]:
 def _sample(name: str, records: Sequence[bytes], index: int, task: str, fields) -> Sample:
   images, texts = _try(lambda: _record(records[index]), f"record {index} of {name}")
   try:
-    return build_sample(task, fields, images, texts, lambda data: decode_image(data, "in it"))
+    return build_sample(task, fields, images, texts, lambda data: decode_image(data, "of this record"))
   except ValueError as error:
     raise UserError(f"record {index} of {name}: {error}") from error

@@ -61,7 +61,8 @@ class Tars:
     file = self._files[self._tar(index)]
     try:
       images, texts = self._record(index)
-      return build_sample(self._wanted, self._fields, images, texts, lambda place: decode_image(_read(file, place), "in it"))
+      decode = lambda place: decode_image(_read(file, place), f"at byte {place[0]}")
+      return build_sample(self._wanted, self._fields, images, texts, decode)
     except ValueError as error:
       raise UserError(f"{file}, sample {index - self._first[self._tar(index)]}: {error}") from error
 
