@@ -84,17 +84,23 @@ def _table(part: str, config: DeepGenConfig) -> Table:
 
 def _tensors(folder: epath.Path, part: str) -> dict[str, np.ndarray]:
   """Every tensor of a part's file, in its stored dtype."""
-  tensors = {}
-  for file in _files(folder / "/".join(FILES[part])):
-    try:
-      with safe_open(str(file), framework="flax") as opened:  # numpy alone knows no bfloat16
-        tensors |= {key: np.asarray(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118  not a mapping
-    except Exception as error:  # safetensors raises its own and several built-in kinds
-      raise UserError(f"{file} is damaged or no safetensors file: {error}") from error
+  tensors = read_tensors(folder / "/".join(FILES[part]))
   if part != "vlm":
     return tensors
   for pattern, replacement in VLM_SPELLINGS:
     tensors = {re.sub(pattern, replacement, key): value for key, value in tensors.items()}
+  return tensors
+
+
+def read_tensors(file: epath.Path) -> dict[str, np.ndarray]:
+  """Every tensor of a safetensors file, or of those that an index in its place names, in its stored dtype. Raises UserError."""
+  tensors = {}
+  for one in _files(file):
+    try:
+      with safe_open(str(one), framework="flax") as opened:  # numpy alone knows no bfloat16
+        tensors |= {key: np.asarray(opened.get_tensor(key)) for key in opened.keys()}  # noqa: SIM118  not a mapping
+    except Exception as error:  # safetensors raises its own and several built-in kinds
+      raise UserError(f"{one} is damaged or no safetensors file: {error}") from error
   return tensors
 
 
@@ -104,7 +110,7 @@ def _files(file: epath.Path) -> list[epath.Path]:
   if file.exists():
     return [file]
   if not index.exists():
-    raise UserError(f"{file.parent.parent} looks like a diffusers folder, but {file} is missing, and so is {index.name}")
+    raise UserError(f"{file} is missing, and so is {index.name}")
   try:
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
   except (ValueError, KeyError, AttributeError, TypeError) as error:
