@@ -129,7 +129,7 @@ def _load_yaml(file: epath.Path) -> PromptSet:
     raise UserError(f"{where}: no YAML: {getattr(error, 'problem', None) or error}") from error
   if not isinstance(tree, dict) or not isinstance(tree.get("datasets"), list):
     raise UserError(f"{file}: it needs a list `datasets`, of name, path, sample_weight and rewards each")
-  _check_keys(tree, ("sampling_mode", "datasets"), f"{file}:")
+  _check_keys(tree, ("sampling_mode", "datasets"), f"{file}: ")
   mode = tree.get("sampling_mode", MODES[0])
   if mode not in MODES:
     raise UserError(f"{file}: sampling_mode {mode!r}; use {' or '.join(MODES)}.{nearest(str(mode), MODES)}")
@@ -171,7 +171,7 @@ def _dataset(entry, file: epath.Path, mode: str) -> Dataset:
 def _check_keys(found: Mapping, known: Sequence[str], where: str) -> None:
   for key in found:
     if key not in known and key != _LINE:
-      raise UserError(f"{where} unknown key {key!r}; known are {', '.join(known)}.{nearest(str(key), known)}")
+      raise UserError(f"{where}unknown key {key!r}; known are {', '.join(known)}.{nearest(str(key), known)}")
 
 
 def _plain(tree):
@@ -260,4 +260,4 @@ def _read_csv(text: str, file: epath.Path):
         raise UserError(f"{file}:{rows.line_num}: the prompt is empty")
       yield row.pop("prompt"), (), row
   except csv.Error as error:
-    raise UserError(f"{file}:{rows.line_num}: no CSV: {error}") from error
+    raise UserError(f"{file}:{rows.reader.line_num}: no CSV: {error}") from error
