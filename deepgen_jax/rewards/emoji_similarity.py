@@ -10,6 +10,7 @@ beside the set. It shares nothing with `data.retrieval`, which compares pixels.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -23,16 +24,17 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
+from scipy import sparse
 
 from deepgen_jax.data import emoji
 from deepgen_jax.rewards.reward import Item, Missing, PerItem, Reward
 
 SIDE = 64  # pixels at which images are looked at
 FORMAT = 1  # of the kept fit; rises whenever features or fit change
-RIDGE = 0.03  # relative to the mean variance of a feature
-CELLS = (8, 16)  # pixels of the cells in which gradients are counted
-DIRECTIONS, LEVELS = 8, 3  # bins of the gradient's direction; levels of each colour
-_BATCH = 512
+RIDGE = 0.01  # relative to the mean variance of a feature
+DIRECTIONS = 8  # bins of the gradient's direction
+CELLS = {4: 2, 8: 3}  # pixels (of the halved image) of the cells that are counted over -> levels of red, green and blue
+_BATCH = 256
 
 
 def emoji_similarity(data_dir: str = "runs/data") -> Reward:
@@ -63,7 +65,7 @@ class Similarity:
     return _unit(_bag(caption, self._place) * self.rarity)
 
   def image_vectors(self, images: Sequence[np.ndarray]) -> np.ndarray:
-    """uint8 [H,W,3] -> float64 [N,V] of length 1."""
+    """uint8 [H,W,3] -> float32 [N,V] of length 1."""
     return _unit(_with_one(features(_sized(images))) @ self.kernel)
 
 
@@ -76,7 +78,7 @@ def prepare(data_dir: str | os.PathLike) -> Similarity:
   file = epath.Path(data_dir) / f"emoji_similarity-{mark}.safetensors"
   found = _read(file)
   if found is None:
-    found = fit(np.stack([data.image(i) for i in train]), captions)
+    found = fit(data.images()[train], captions)
     tensors = {"rarity": found.rarity, "kernel": found.kernel, "terms": _encode(found.terms)}
     new = file.with_name(f".{uuid.uuid4().hex[:12]}.safetensors")
     new.write_bytes(save_tensors(tensors))
@@ -91,52 +93,56 @@ def fit(images: np.ndarray, captions: Sequence[str]) -> Similarity:
   rarity = np.array([math.log(len(captions) / counts[term]) + 1 for term in terms])
   place = {term: i for i, term in enumerate(terms)}
   wanted = _unit(np.stack([_bag(caption, place) for caption in captions]) * rarity)
-  wanted -= (mean := wanted.mean(0))
   size = features(images[:1]).shape[1] + 1
-  gram, product = np.zeros((size, size)), np.zeros((size, len(terms)))
+  gram, product = np.zeros((size, size)), np.zeros((len(terms), size))
   for start in range(0, len(images), _BATCH):
+    words = sparse.csr_array(wanted[start : start + _BATCH].T)
     for variant in _variants(images[start : start + _BATCH], np.random.default_rng(start)):
       x = _with_one(features(variant))
       gram += x.T @ x
-      product += x.T @ wanted[start : start + _BATCH]
+      product += words @ x
   penalty = np.full(size, RIDGE * np.diag(gram)[:-1].mean())
   penalty[-1] = 0
-  del mean
-  return Similarity(terms, rarity, np.linalg.solve(gram + np.diag(penalty), product))
+  kernel = np.linalg.solve(gram + np.diag(penalty), product.T)
+  kernel[-1] -= wanted.mean(0)  # what every image says of every caption
+  return Similarity(terms, rarity, kernel.astype(np.float32))
 
 
 def features(images: np.ndarray) -> np.ndarray:
-  """uint8 [N,64,64,3] -> float64 [N,D]: square roots of the shares of gradient directions and of colours in each cell."""
-  x = images.astype(np.float64) / 255
-  grey = x @ np.array([0.299, 0.587, 0.114])
-  down, across = np.gradient(grey, axis=(1, 2))
-  size = np.hypot(down, across)
-  gradients = _soft_bins(np.arctan2(down, across) / (2 * np.pi) % 1 * DIRECTIONS, DIRECTIONS, wrap=True) * size[..., None]
-  levels = [_soft_bins(x[..., i] * (LEVELS - 1), LEVELS) for i in range(3)]
-  colours = np.einsum("nhwr,nhwg,nhwb->nhwrgb", *levels).reshape(*x.shape[:3], -1)
-  found = [_pool(gradients, cell) for cell in CELLS] + [_pool(colours, cell) for cell in CELLS]
+  """uint8 [N,64,64,3] -> float32 [N,D]: of the halved image, square roots of the shares of gradient directions and of
+  colours in each cell.
+  """
+  x = _pool(images.astype(np.float32), 2) / 255
+  down, across = np.gradient(x @ np.float32([0.299, 0.587, 0.114]), axis=(1, 2))
+  direction = np.arctan2(down, across) / (2 * np.pi) % 1 * DIRECTIONS
+  gradients = _soft_bins(direction, DIRECTIONS, wrap=True) * np.hypot(down, across)[..., None]
+  found = []
+  for cell, levels in CELLS.items():
+    red, green, blue = (_soft_bins(x[..., i] * (levels - 1), levels) for i in range(3))
+    colours = red[..., :, None, None] * green[..., None, :, None] * blue[..., None, None, :]
+    found += [_pool(gradients, cell), _pool(colours.reshape(*x.shape[:3], -1), cell)]
   return np.concatenate([np.sqrt(part).reshape(len(x), -1) for part in found], axis=1)
 
 
 def _soft_bins(x: np.ndarray, count: int, wrap: bool = False) -> np.ndarray:
   """A position on a line (0 .. count-1) or circle (0 .. count) -> its shares of the two nearest bins [..., count]."""
-  distance = np.abs(x[..., None] - np.arange(count))
+  distance = np.abs(x[..., None] - np.arange(count, dtype=x.dtype))
   return np.maximum(0, 1 - (np.minimum(distance, count - distance) if wrap else distance))
 
 
 def _pool(x: np.ndarray, cell: int) -> np.ndarray:
   n, height, width, channels = x.shape
-  return x.reshape(n, height // cell, cell, width // cell, cell, channels).mean((2, 4))
+  rows = x.reshape(n, height // cell, cell, width * channels).sum(2)
+  return rows.reshape(n, height // cell, width // cell, cell, channels).sum(3) / cell**2
 
 
 def _variants(images: np.ndarray, rng: np.random.Generator):
   """The images as they are, blurred, noisy and shifted, as what a model makes is."""
   yield images
-  small = images.reshape(len(images), SIDE // 2, 2, SIDE // 2, 2, 3).mean((2, 4))
-  blurred = small.repeat(2, axis=1).repeat(2, axis=2)
+  blurred = _pool(images.astype(np.float32), 2).repeat(2, axis=1).repeat(2, axis=2)
   yield np.roll(blurred, (1, -1), (1, 2)).astype(np.uint8)
-  noisy = images + rng.normal(0, 20, images.shape)
-  yield np.clip(np.roll(noisy, (-2, 1), (1, 2)), 0, 255).astype(np.uint8)
+  noisy = images + 20 * rng.standard_normal(images.shape, np.float32)
+  yield np.roll(noisy.clip(0, 255), (-2, 1), (1, 2)).astype(np.uint8)
 
 
 def _sized(images: Sequence[np.ndarray]) -> np.ndarray:
@@ -146,7 +152,7 @@ def _sized(images: Sequence[np.ndarray]) -> np.ndarray:
 
 def _terms(caption: str) -> list[str]:
   words = caption.lower().split()
-  return [*words, *(f"{a} {b}" for a, b in zip(words, words[1:]))]
+  return [*words, *(f"{a} {b}" for a, b in itertools.pairwise(words))]
 
 
 def _bag(caption: str, place: dict[str, int]) -> np.ndarray:
@@ -158,11 +164,11 @@ def _bag(caption: str, place: dict[str, int]) -> np.ndarray:
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
-  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-9)
 
 
 def _with_one(x: np.ndarray) -> np.ndarray:
-  return np.concatenate([x, np.ones((len(x), 1))], axis=1)
+  return np.concatenate([x, np.ones((len(x), 1), x.dtype)], axis=1)
 
 
 def _encode(terms: Sequence[str]) -> np.ndarray:

@@ -102,7 +102,7 @@ def test_too_many_missing_stop_the_run():
   run(["good"] * 4)
   run(["none"] * 2)  # two of the last four
   run(["none"] * 3, "b")  # counted by itself
-  with pytest.raises(RuntimeError, match="reward 'a': 3 of the last 4 scores are missing, more than the share of 0.5"):
+  with pytest.raises(RuntimeError, match=r"reward 'a': 3 of the last 4 scores are missing, more than the share of 0.5"):
     run(["none"])
 
 
@@ -112,15 +112,15 @@ def test_what_the_user_set_up_wrongly():
 
   mixture = Mixture({"ocr": Recorded("ocr", fail)})
   pending = mixture.submit(items("1"), [{"ocr": 1}])
-  with pytest.raises(UserError, match="no such model"):
+  with pytest.raises(UserError, match=r"no such model"):
     pending.result()
-  with pytest.raises(UserError, match="'orc', which isn't built. Did you mean 'ocr'?"):
+  with pytest.raises(UserError, match=r"'orc', which isn't built. Did you mean 'ocr'?"):
     mixture.submit(items("1"), [{"orc": 1}])
-  with pytest.raises(UserError, match="weight of the reward 'ocr' is -1"):
+  with pytest.raises(UserError, match=r"weight of the reward 'ocr' is -1"):
     mixture.submit(items("1"), [{"ocr": -1}])
-  with pytest.raises(UserError, match="2 items with the weights of 1"):
+  with pytest.raises(UserError, match=r"2 items with the weights of 1"):
     mixture.submit(items("12"), [{"ocr": 1}])
-  with pytest.raises(UserError, match="no rewards"):
+  with pytest.raises(UserError, match=r"no rewards"):
     Mixture({})
-  with pytest.raises(UserError, match="max_missing 2"):
+  with pytest.raises(UserError, match=r"max_missing 2"):
     Mixture({"ocr": Recorded("ocr", fail)}, max_missing=2)

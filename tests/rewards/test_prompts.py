@@ -140,9 +140,9 @@ def test_what_is_wrong_in_a_file(tmp_path, name, content, message):
 
 
 def test_rewards_belong_to_a_file_or_to_its_yaml(folder):
-  with pytest.raises(UserError, match="at least one reward"):
+  with pytest.raises(UserError, match=r"at least one reward"):
     prompts.load(folder / "text.txt", {"ocr": 0})
-  with pytest.raises(UserError, match="gives each data set its rewards"):
+  with pytest.raises(UserError, match=r"gives each data set its rewards"):
     prompts.load(folder / "train.yaml", {"ocr": 1})
 
 
@@ -156,5 +156,5 @@ def test_embedded_prompts(emoji):
   (held_out,) = prompts.embedded(emoji, held_out=True, rewards={"words": {"ocr": 0.5}}).datasets
   assert {p.text.split('"')[1] for p in held_out.prompts} == {word for word in words.WORDS if words.is_held_out(word)}
   assert not {p.text for p in held_out.prompts} & {p.text for p in drawn.prompts}
-  with pytest.raises(UserError, match="no embedded data set 'emojis'.*Did you mean 'emoji'"):
+  with pytest.raises(UserError, match=r"no embedded data set 'emojis'.*Did you mean 'emoji'"):
     prompts.embedded(emoji, rewards={"emojis": {"ocr": 1.0}})

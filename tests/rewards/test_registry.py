@@ -22,11 +22,11 @@ def test_a_reward_is_called_as_it_is_registered():
 
 
 def test_wrong_names_and_options():
-  with pytest.raises(UserError, match="unknown reward 'clipsim'. Did you mean 'clip_sim'?"):
+  with pytest.raises(UserError, match=r"unknown reward 'clipsim'. Did you mean 'clip_sim'?"):
     build("clipsim")
-  with pytest.raises(UserError, match="reward 'ocr': .*'scorin'. Did you mean 'scoring'?"):
+  with pytest.raises(UserError, match=r"reward 'ocr': .*'scorin'. Did you mean 'scoring'?"):
     build("ocr", scorin="new")
-  with pytest.raises(UserError, match="reward 'clip_sim': missing a required argument: 'path'"):
+  with pytest.raises(UserError, match=r"reward 'clip_sim': missing a required argument: 'path'"):
     build("clip_sim")
 
 
@@ -48,5 +48,5 @@ def test_user_errors_pass():
   def score(item):
     raise UserError("no model")
 
-  with pytest.raises(UserError, match="no model"):
+  with pytest.raises(UserError, match=r"no model"):
     PerItem("some", score)([Item("a", np.zeros((8, 8, 3), np.uint8))])
