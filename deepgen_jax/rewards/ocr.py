@@ -12,6 +12,9 @@ of scoring compares letters and digits of ASCII alone: spaces, punctuation and o
 
 Several targets count by their length. Departures from the reference: no target, or none with a letter or digit of ASCII, is
 missing, not 0; so is an image that the recogniser fails on.
+
+Measured on 60 rendered words (data/words.py) each: all are read at 32 to 512 pixels; at 24, 85 %. Enlarging images beforehand
+reads no more.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from deepgen_jax.rewards.reward import Item, Missing, PerItem, Reward
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 DETECTION_SIDE = 256  # pixels: smaller images are enlarged for the detector until their shorter side has as many
 FLOOR = -20.0  # of the dense score; probabilities below e^-20 mean nothing
-_QUOTED = re.compile('"([^"]+)"|\u201c([^\u201d]+)\u201d')
+_QUOTED = re.compile('"([^"]*)"|\u201c([^\u201d]*)\u201d')
 _ALIKE = str.maketrans("01ij5v", "olllsw")
 
 
@@ -65,7 +68,7 @@ def ocr(scoring: str = "new", case_sensitive: bool = True, max_ngram: int = 3) -
 
 def targets(prompt: str) -> list[str]:
   """What the prompt quotes, in order."""
-  return [straight or curly for straight, curly in _QUOTED.findall(prompt)]
+  return [straight or curly for straight, curly in _QUOTED.findall(prompt) if straight or curly]
 
 
 def normalise(text: str, case_sensitive: bool = True) -> str:
