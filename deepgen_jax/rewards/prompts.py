@@ -164,7 +164,10 @@ def _dataset(entry, file: epath.Path, mode: str) -> Dataset:
   weights = _weights({key: value for pair in pairs for key, value in pair.items() if key != _LINE}, where)
   if not weights:
     raise UserError(f"{where}data set {name!r} weighs no reward; give it rewards, or leave it out")
-  prompts = _with_weights(_read_prompts(file.parent / entry["path"]), weights, name)
+  try:
+    prompts = _with_weights(_read_prompts(file.parent / entry["path"]), weights, name)
+  except UserError as error:
+    raise UserError(f"{where}{error}") from error
   return Dataset(name, prompts, float(weight) * (len(prompts) if mode == MODES[0] else 1))
 
 

@@ -81,7 +81,7 @@ def test_the_dense_scoring():
   assert -0.01 < dense("STOP", "ST-OP") <= 0  # what isn't scored counts as blank
   assert -0.01 < dense("stop", "Stop", case_sensitive=False) <= 0
   assert ocr.FLOOR < dense("STOP", "SHOP") < -1
-  assert dense("STOP", "XXXX") < dense("STOP", "SHOP")
+  assert dense("STOP", "QQQQ") < dense("STOP", "SHOP")
   assert dense("STOP") == ocr.FLOOR
   assert dense("STOPSTOP", "A") == ocr.FLOOR  # too few frames
   half = ocr.Line("", 0.5 * spelled("STOP") + 0.5 * spelled("SHOP"))

@@ -104,7 +104,7 @@ def test_a_data_set_may_be_written_shorter(folder):
     ("clip_sim: 1.0", "clipsim: 1.0", "train.yaml:9: unknown reward 'clipsim'. Did you mean 'clip_sim'?"),
     ("clip_sim: 1.0", "clip_sim: -1", "train.yaml:9: the weight of reward 'clip_sim' is -1"),
     ("clip_sim: 1.0", "clip_sim: 0", "train.yaml:9: data set 'general' weighs no reward"),
-    ("general.jsonl", "other.jsonl", "prompt file .*other.jsonl does not exist"),
+    ("general.jsonl", "other.jsonl", "train.yaml:9: prompt file .*other.jsonl does not exist"),
     ("general.jsonl", "other.parquet", "unknown kind '.parquet'; use .txt, .jsonl, .csv"),
     ("name: general", "name: text", "two data sets are called 'text'"),
     ("name: text\n", "name: [text\n", "train.yaml:4: no YAML"),
