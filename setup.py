@@ -28,6 +28,7 @@ setup(
     "pillow>=11.0",
     "pyyaml>=6.0",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.9",
     "tqdm>=4.66",
