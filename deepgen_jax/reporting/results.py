@@ -84,8 +84,8 @@ def read_run(name: str, workdir: str) -> Run:
     try:
       row = json.loads(line)
       for key, value in row.items():
-        if name := _series(key):
-          series.setdefault(name, []).append((row["step"], value))
+        if curve := _series(key):
+          series.setdefault(curve, []).append((row["step"], value))
     except (ValueError, KeyError, AttributeError):
       raise UserError(f"run {name}: {path} line {number} is no row of metrics; resuming the run mends it") from None
   if not series:
