@@ -6,8 +6,8 @@ With A the clipped advantage, d = log p_new - log p_old of one sampler step, s t
     grpo_guard      r = exp(s (d + |mu_new - mu_old|^2 / (2 s^2)));  L = max(-A r, -A clip(r)) / -dt
     diffusion_nft   no log-probability: A says how much of the noised sample's two implicit policies to follow
 
-Sources: Flow-GRPO (arXiv 2505.05470), GRPO-Guard (arXiv 2510.22319), DiffusionNFT (arXiv 2509.16117). Squares and log-probabilities
-are means over a sample's elements, as in `sde_step`.
+Sources: Flow-GRPO (arXiv 2505.05470), GRPO-Guard (arXiv 2510.22319), DiffusionNFT (arXiv 2509.16117). Squares and
+log-probabilities are means over a sample's elements, as in `sde_step`.
 """
 
 from __future__ import annotations
