@@ -114,8 +114,7 @@ class Rollouts:
     self._settings = g = config.grpo
     self._seed, self._pipe, self._prompts = config.seed, pipe, prompts
     self._score, self._answers = score, answers
-    side = model.config.image_size
-    self.pixels = (g.height or side, g.width or side)
+    self.pixels = tuple(g.size) or (model.config.image_size,) * 2
     tokens = self.pixels[0] * self.pixels[1] // (model.config.vae.factor * model.config.dit.patch_size) ** 2
     self.sigmas = inference_sigmas(model.config.scheduler, g.steps, tokens)
     self.window = 0 if g.sampler == "ode" else g.window or g.steps - 1
@@ -132,7 +131,7 @@ class Rollouts:
     self._sample = jax.jit(program, out_shardings=self._sharding)
     self._take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree), out_shardings=self._sharding)
     self._at = jax.jit(_at_step, out_shardings=self._sharding)
-    self._old = jax.jit(functools.partial(_old_policy, model, g))
+    self._old = jax.jit(functools.partial(_old_policy, model, g), out_shardings=self._sharding)
     self.scalars: dict[str, float] = {}
     self._pieces: list[list[dict]] = []
     self._before: list[list[dict]] = []
@@ -228,7 +227,7 @@ class Rollouts:
         if not nft:
           batch |= {"sigma_next": full(self.sigmas[step + 1]), "sigma_max": full(self.sigmas[1])}
           batch |= self._at(piece["path"], piece["log_prob"], np.int32(place))
-        yield batch
+        yield jax.device_put(batch, self._sharding)
 
   def _window_start(self, number: int, draw) -> int:
     """The first stochastic step: drawn, or moving on by a step every `window_every` rollouts, and round again."""
