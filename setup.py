@@ -33,7 +33,14 @@ setup(
   ],
   extras_require={
     "demo": DEMO,
-    "test": [*DEMO, "pytest>=8.0", "ruff>=0.14", f"torch==2.13.0; {TORCH}", f"diffusers>=0.36; {TORCH}"],
+    "test": [
+      *DEMO,
+      "pytest>=8.0",
+      "ruff>=0.14",
+      f"torch==2.13.0; {TORCH}",
+      f"diffusers>=0.36; {TORCH}",
+      f"peft>=0.18; {TORCH}",
+    ],
     "tpu": ["jax[tpu]"],
     "cuda12": ["jax[cuda12]"],
   },

@@ -102,6 +102,16 @@ def _flat_json(values: dict, prefix: str = "") -> dict:
   return out
 
 
+def stored(workdir: epath.Path) -> tuple[int, dict]:
+  """-> (step, {path: what has a shape and a dtype}) of a workdir's newest checkpoint; no value is read."""
+  handlers = {"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()}
+  with ocp.CheckpointManager(_folder(workdir), item_handlers=handlers) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(f"workdir {workdir} has no complete checkpoint yet")
+    return step, dict(manager.item_metadata(step)["state"].items())
+
+
 def load_trained(workdir: epath.Path, weights: str = "ema") -> dict:
   """The trained leaves {parameter path: numpy array} of a workdir's newest checkpoint: EMA where it is kept, unless `weights`
   is "raw".

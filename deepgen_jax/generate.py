@@ -37,7 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
   parser.add_argument("--num_images", type=int, default=1, metavar="N")
   parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="compute dtype; bfloat16 on TPU and GPU by default")
   parser.add_argument("--weights", choices=("ema", "raw"), default="ema", help="of a workdir: EMA where it is kept, or raw")
-  parser.add_argument("--base", metavar="PATH", help="frozen parts of a workdir, if not where its run recorded")
+  parser.add_argument(
+    "--base", action="append", metavar="PATH", help="what --model lacks, e.g. frozen parts of a workdir; may be repeated"
+  )
   return parser
 
 

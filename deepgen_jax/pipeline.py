@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from deepgen_jax import sharding
+from deepgen_jax import checkpoint, sharding
 from deepgen_jax.data import prompts as prompting
 from deepgen_jax.data.images import fix_pixels, load_image
 from deepgen_jax.errors import UserError
@@ -30,8 +30,9 @@ from deepgen_jax.models import lora
 from deepgen_jax.models.config import DeepGenConfig
 from deepgen_jax.models.deepgen import PARTS, Conditioning, DeepGen, pad_tokens, token_budget
 from deepgen_jax.models.dit import patchify, unpatchify
-from deepgen_jax.weights import model_dir
-from deepgen_jax.weights.load import load_model
+from deepgen_jax.weights import diffusers, model_dir
+from deepgen_jax.weights.load import open_weights
+from deepgen_jax.weights.tensors import in_memory
 
 UNROLLED_LAYERS = 12  # models up to this depth run unrolled on CPU; deeper ones take too long to compile that way
 
@@ -52,9 +53,8 @@ class DeepGenPipeline:
       why = " (a base for stage 1 has none: train with configs/align.py first)" if "scb" in missing else ""
       raise UserError(f"the model lacks {', '.join(missing)}{why}")
     on_cpu = jax.default_backend() == "cpu"
-    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    self.config, self.tokenizer, self.mesh = config, tokenizer, mesh or sharding.make_mesh({"data": 1}, jax.devices()[:1])
-    self.model = DeepGen(config, dtype, unroll=on_cpu and config.text.num_layers <= UNROLLED_LAYERS)
+    self.config, self.tokenizer, self.mesh = config, tokenizer, mesh or _one_device()
+    self.model = DeepGen(config, _dtype(dtype), unroll=on_cpu and config.text.num_layers <= UNROLLED_LAYERS)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = jax.device_put(merged, sharding.param_shardings(merged, self.mesh))
     self._condition = jax.jit(self.model.condition)
@@ -66,18 +66,21 @@ class DeepGenPipeline:
 
   @classmethod
   def from_pretrained(cls, path, dtype=None, mesh=None, base=None, weights: str = "ema") -> DeepGenPipeline:
-    """path: a model directory or a training workdir. Raises UserError for what isn't one.
+    """path: a model directory, a training workdir, a diffusers folder, or a .pth checkpoint. UserError for what isn't one.
 
-    base: where a workdir's frozen parts are, if not where its run recorded; weights: "ema" (if kept) or "raw".
+    base: one or several that have what `path` lacks (for a workdir: its frozen parts, if not where its run recorded); weights:
+    of a workdir, "ema" (if kept) or "raw". Each tensor goes straight to its shards on the mesh, kernels in `dtype`.
     """
-    config, params, tokenizer = load_model(path, base=base, weights=weights)
-    return cls(config, params, tokenizer, dtype, mesh)
+    dtype, mesh = _dtype(dtype), mesh or _one_device()
+    opened = open_weights(path, base, weights).merged()
+    return cls(opened.config, opened.params(dtype=dtype, mesh=mesh), opened.tokenizer(), dtype, mesh)
 
   def save_pretrained(self, path, format: str = "deepgen_jax") -> None:
-    """Writes a model directory (LoRA merged). Exporting to diffusers is not part of this version: UserError."""
-    if format != "deepgen_jax":
-      raise UserError(f"save_pretrained writes format 'deepgen_jax', not {format!r}")
-    model_dir.save(path, self.config, jax.device_get(self.params), self.tokenizer)
+    """Writes a model directory, or a "diffusers" folder that the PyTorch libraries load. LoRA is merged."""
+    if format not in (formats := {"deepgen_jax": model_dir.save_leaves, "diffusers": diffusers.save}):
+      raise UserError(f"save_pretrained: format {format!r} is neither {' nor '.join(map(repr, formats))}")
+    leaves = {part: {k: in_memory(x) for k, x in checkpoint.flat(self.params[part]).items()} for part in PARTS}
+    formats[format](path, self.config, leaves, tokenizer=self.tokenizer)
 
   def encode_prompt(self, prompts: Sequence[str], images: Sequence[Sequence] | None = None) -> Conditioning:
     """prompts: list of str, "" allowed; images: per prompt a list of uint8 [H,W,3] arrays or PIL images, sides multiples of 32.
@@ -256,6 +259,15 @@ class DeepGenPipeline:
     if height % unit or width % unit or not 0 < min(height, width) <= max(height, width) <= limit:
       raise UserError(f"size {height}x{width}: both sides must be multiples of {unit}, from {unit} to {limit}")
     return math.sqrt(height * width)
+
+
+def _dtype(dtype):
+  """None: bfloat16 on TPU and GPU, float32 on CPU."""
+  return jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+
+
+def _one_device():
+  return sharding.make_mesh({"data": 1}, jax.devices()[:1])
 
 
 def _reference_rows(image, count: int) -> list[list]:

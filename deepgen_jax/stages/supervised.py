@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,7 +87,8 @@ def load_base(config):
     raise UserError("config.init is empty: name the model to start from, e.g. --config.init=tiny or a model directory")
   sizes, params, tokenizer = load_model(config.init, weights="raw")
   wanted = SIZES[config.size]
-  if (sizes.dit, sizes.text) != (wanted.dit, wanted.text):
+  tied = lambda text: dataclasses.replace(text, tie_word_embeddings=True)  # training never reads the head
+  if (sizes.dit, tied(sizes.text)) != (wanted.dit, tied(wanted.text)):
     raise UserError(f"config.init {config.init!r} holds another size of model than config.size={config.size!r}")
   return sizes, params, tokenizer
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from deepgen_jax.models.config import DiTConfig, SCBConfig, TextConfig, VAEConfig, VisionConfig
 from deepgen_jax.models.dit import block_runs, position_table
-from deepgen_jax.weights.torch_format import CONV, LINEAR, SAME, Layout, Row, Table
+from deepgen_jax.weights.torch_format import CONV, LINEAR, SAME, Constant, Layout, Row, Table
 
 _TRANSFORMERS_IGNORED = (r".*rotary.*inv_freq",)  # buffers that some releases of the library store
 
@@ -86,7 +86,9 @@ def dit_table(config: DiTConfig, prefix: str = "") -> Table:
   for i, (length, dual, last) in enumerate(block_runs(config)):
     rows += _dit_blocks(f"blocks_{i}", prefix + "transformer_blocks.{layer}", range(start, start + length), config, dual, last)
     start += length
-  return Table(tuple(rows), computed={f"{prefix}pos_embed.pos_embed": lambda: _full_position_table(config)})
+  size = config.pos_embed_max_size
+  table = Constant((1, size * size, config.hidden_size), lambda: _full_position_table(config))
+  return Table(tuple(rows), computed={f"{prefix}pos_embed.pos_embed": table})
 
 
 def _dit_blocks(ours: str, theirs: str, layers: range, config: DiTConfig, dual: bool, last: bool) -> list[Row]:

@@ -11,7 +11,7 @@ from deepgen_jax.errors import UserError
 from deepgen_jax.models.config import TINY, TextConfig
 from deepgen_jax.models.text import TextDecoder
 from deepgen_jax.weights.names import text_table
-from deepgen_jax.weights.torch_format import CONV, LINEAR, SAME, Layout, Row, Table, from_torch, to_torch
+from deepgen_jax.weights.torch_format import CONV, LINEAR, SAME, Constant, Layout, Row, Table, from_torch, to_torch
 
 TABLE = Table(
   rows=(
@@ -20,7 +20,7 @@ TABLE = Table(
     Row("layers/k/kernel", "h.{layer}.qk.weight", LINEAR, layers=range(1, 3), part=(1, 2)),
     Row("norm/scale", "norm.weight"),
   ),
-  computed={"table": lambda: np.array([0.25, 1.0], np.float32)},
+  computed={"table": Constant((2,), lambda: np.array([0.25, 1.0], np.float32))},
   ignored=(r"cache\..*",),
 )
 SHAPES = {
@@ -77,7 +77,7 @@ def test_all_problems_in_one_error():
 
 
 def test_a_constant_may_differ_by_its_rounding():
-  table = Table((), computed={"t": lambda: np.array([0.123456, 0.9], np.float32)})
+  table = Table((), computed={"t": Constant((2,), lambda: np.array([0.123456, 0.9], np.float32))})
   rounded = np.array([0.123456, 0.9], ml_dtypes.bfloat16)
   assert from_torch(table, {"t": rounded}, {}) == {}
   with pytest.raises(UserError, match="t: differs"):

@@ -194,10 +194,10 @@ class Reference:
     tokens = model.proj_out(model.norm_out(x[:, : height * width // 4], temb))
     return tokens.reshape(height // 2, width // 2, 2, 2, channels).transpose(1, 2).reshape(height, width, channels)
 
-  def sample(self, noise, positive, negative, references=(), steps=6, guidance=4.0):
-    """Noise [h,w,c] -> scaled latents [h,w,c] by diffusers' scheduler, with classifier-free guidance."""
+  def sample(self, noise, positive, negative, references=(), steps=6, guidance=4.0, **shift):
+    """Noise [h,w,c] -> scaled latents [h,w,c] by diffusers' scheduler, with classifier-free guidance. shift: mu, if dynamic."""
     x = noise
-    self.scheduler.set_timesteps(steps)
+    self.scheduler.set_timesteps(steps, **shift)
     for timestep in self.scheduler.timesteps:
       v_negative, v = (self.velocity(x, timestep, conditioning, references) for conditioning in (negative, positive))
       x = self.scheduler.step(v_negative + guidance * (v - v_negative), timestep, x).prev_sample

@@ -1,5 +1,7 @@
 """A folder in the diffusers format, written by the stock libraries: what is read, and the whole pipeline against PyTorch."""
 
+import copy
+import dataclasses
 import json
 import re
 import shutil
@@ -14,10 +16,13 @@ from safetensors.numpy import load_file, save_file
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift  # noqa: E402
+
 from deepgen_jax.errors import UserError  # noqa: E402
 from deepgen_jax.models.deepgen import Conditioning  # noqa: E402
 from deepgen_jax.models.lora import path_name  # noqa: E402
 from deepgen_jax.pipeline import DeepGenPipeline  # noqa: E402
+from deepgen_jax.weights import hf_config  # noqa: E402
 from deepgen_jax.weights.load import load_model  # noqa: E402
 from tests.models import oracle  # noqa: E402
 from tests.small import random_image  # noqa: E402
@@ -129,6 +134,29 @@ def test_generation(reference, pipe):
     oracle.assert_close(latents[i], expected, SAMPLES)
     oracle.assert_close(decoded[i], pixels, SAMPLES)
     oracle.assert_close(images[i], ((pixels + 1) / 2).clip(0, 1), SAMPLES)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_other_schedules(reference, pipe, folder, tmp_path, dynamic):
+  """What scheduler_config.json says is what is sampled: another static shift, and one that follows from the size."""
+  kind = type(reference.scheduler)
+  theirs = copy.copy(reference)
+  theirs.scheduler = kind(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.16) if dynamic else kind(shift=1.7)
+  theirs.scheduler.save_pretrained(tmp_path)
+  ours = copy.copy(pipe)
+  ours.config = dataclasses.replace(pipe.config, scheduler=hf_config.read_scheduler(tmp_path / "scheduler_config.json"))
+  noise = draw(2, 4, 6, 16)
+  out = ours(
+    PROMPTS, negative_prompt=NEGATIVE, height=32, width=48, num_inference_steps=STEPS, latents=noise, output_type="latent"
+  )
+  c = theirs.scheduler.config
+  sizes = (c.base_image_seq_len, c.max_image_seq_len, c.base_shift, c.max_shift)
+  shift = {"mu": calculate_shift(4 * 6 // 4, *sizes)} if dynamic else {}
+  positive, negative = reference.condition(PROMPTS[0]), reference.condition(NEGATIVE)
+  expected = theirs.sample(torch.tensor(noise[0]), positive, negative, steps=STEPS, **shift)
+  oracle.assert_close(out.images[0], expected, SAMPLES)
+  usual = reference.sample(torch.tensor(noise[0]), positive, negative, steps=STEPS)
+  assert oracle.relative_error(usual, expected) > 0.01
 
 
 def test_edit(reference, pipe):
