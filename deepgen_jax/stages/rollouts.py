@@ -81,6 +81,16 @@ def reward_scalars(rewards, weights, names: Sequence[str], datasets: Sequence[st
   return found
 
 
+def window_start(number: int, steps: int, window: int, every: int, draw: np.random.Generator) -> int:
+  """The first stochastic step of rollout `number`: drawn (Flow-GRPO-Fast), or with `every` > 0 moving on by a step every so
+  many rollouts and round again (MixGRPO). The sampler's last step stays outside.
+  """
+  places = steps - window
+  if not window or places < 2:
+    return 0
+  return (number // every) % places if every else int(draw.integers(places))
+
+
 class Answers:
   """What the judges said of each rollout, in `folder`, a file each: exact floats, null where missing."""
 
@@ -148,7 +158,7 @@ class Rollouts:
     policy = params.get("old", params)
     count = g.prompts * g.group_size
     draw = np.random.default_rng((self._seed, number))
-    self.start = self._window_start(number, draw)
+    self.start = window_start(number, g.steps, self.window, g.window_every, draw)
     inputs, made = self._make(params, policy, prompts, number)
     pending, rewards, weights, names = [], *(self._answers.read(number) or (None, None, None))
     batch = g.rollout_batch or count
@@ -228,14 +238,6 @@ class Rollouts:
           batch |= {"sigma_next": full(self.sigmas[step + 1]), "sigma_max": full(self.sigmas[1])}
           batch |= self._at(piece["path"], piece["log_prob"], np.int32(place))
         yield jax.device_put(batch, self._sharding)
-
-  def _window_start(self, number: int, draw) -> int:
-    """The first stochastic step: drawn, or moving on by a step every `window_every` rollouts, and round again."""
-    places = self._settings.steps - self.window  # the last step stays outside
-    if not self.window or places < 2:
-      return 0
-    every = self._settings.window_every
-    return (number // every) % places if every else int(draw.integers(places))
 
   def _draw_places(self, draw) -> np.ndarray:
     """The steps that this rollout trains, of its window (diffusion_nft: of the grid)."""

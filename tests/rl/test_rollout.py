@@ -13,7 +13,7 @@ from deepgen_jax.models.dit import patchify, unpatchify
 from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.rewards.reward import Item
 from deepgen_jax.rl.rollout import make_velocity, replay, rollout, sample_keys
-from deepgen_jax.stages.rollouts import encode, items_of, reward_scalars
+from deepgen_jax.stages.rollouts import Answers, encode, items_of, reward_scalars, window_start
 from tests.small import CONFIG, draw_params, random_image
 
 STEPS, GROUP = 5, 2
@@ -148,6 +148,27 @@ def test_a_trajectory_depends_on_nothing_else_in_the_batch(run, cps):
 
 def test_without_guidance_there_is_one_branch(run, cps):
   assert np.abs(run("cps", guided=False).latents - cps.latents).max() > 1e-2
+
+
+def test_windows_are_drawn_or_slide_and_leave_the_last_step_out():
+  drawn = [window_start(n, 10, 4, 0, np.random.default_rng((7, n))) for n in range(200)]
+  assert {*drawn} == set(range(6)) and drawn[:5] == [window_start(n, 10, 4, 0, np.random.default_rng((7, n))) for n in range(5)]
+  assert [window_start(n, 5, 2, 2, np.random.default_rng(0)) for n in range(8)] == [0, 0, 1, 1, 2, 2, 0, 0]
+  assert window_start(3, 10, 9, 0, np.random.default_rng(0)) == window_start(3, 10, 0, 1, np.random.default_rng(0)) == 0
+
+
+def test_answers_are_kept_as_they_were_and_a_torn_file_is_no_answer(tmp_path):
+  answers, nan = Answers(tmp_path / "rewards"), np.nan
+  rewards, weights = np.array([[1 / 3, nan], [nan, 2e-17]]), np.array([[1.0, 0.0], [0.5, 1.0]])
+  assert answers.read(4) is None
+  answers.write(4, rewards, weights, ("a", "b"))
+  found = answers.read(4)
+  np.testing.assert_array_equal(found[0], rewards)
+  np.testing.assert_array_equal(found[1], weights)
+  assert found[2] == ["a", "b"] and answers.read(3) is None
+  file = tmp_path / "rewards" / "0000004.json"
+  file.write_text(file.read_text()[:-9])
+  assert answers.read(4) is None
 
 
 def test_items_know_their_prompt_group_and_source():

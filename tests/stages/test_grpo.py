@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from deepgen_jax import sharding
-from deepgen_jax.config import load_config
+from deepgen_jax.checkpoint import Checkpointer
+from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
@@ -16,6 +18,7 @@ from deepgen_jax.rl.rollout import make_velocity, replay
 from deepgen_jax.stages import grpo
 from deepgen_jax.stages.grpo import Judging
 from deepgen_jax.stages.step import full_params, init_state, make_optimizer, make_train_step
+from deepgen_jax.weights.load import load_model
 from tests.small import CONFIG, draw_params, random_image, save_model
 
 SMALL = {
@@ -216,12 +219,13 @@ def rich(base, tmp_path_factory, emoji_dir):
     "grpo.sft_weight": 0.25,
     "grpo.sft_every": 2,
   }
-  run = Run(configure(base, "tiny_lora", **overrides), tmp_path_factory.mktemp("rich"), prompts=EDITS)
+  config = configure(base, "tiny_lora", **overrides)
+  run = Run(config, tmp_path_factory.mktemp("rich"), prompts=EDITS)
   before = jax.device_get(run.state.params)
   updates = [run.update() for _ in range(3)]
   middle = jax.device_get(run.state)
   updates.append(run.update())
-  return SimpleNamespace(run=run, before=before, updates=updates, middle=middle)
+  return SimpleNamespace(run=run, config=config, before=before, updates=updates, middle=middle)
 
 
 def test_several_updates_share_a_rollout_and_compare_with_its_weights(rich):
@@ -257,6 +261,21 @@ def test_with_lora_the_weights_below_are_the_reference(rich):
   assert moved(rich.middle.params, rich.before) > 0
   expected = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, rich.middle.ema, jax.device_get(run.state.params))
   close(run.state.ema, expected)
+
+
+def test_a_run_with_lora_can_be_loaded(rich, base, tmp_path):
+  """Its LoRA lies upon the weights that it started from."""
+  workdir, state = epath.Path(tmp_path), rich.run.state
+  (workdir / "config.json").write_text(to_json(rich.config))
+  saved = Checkpointer(workdir, 1, 1)
+  saved.maybe_save(4, state, {"micro_batches": 4}, force=True)
+  saved.close()
+  _, loaded, _ = load_model(workdir, weights="raw")
+  kernel, trained = (tree["dit"]["blocks_1"]["attn"]["q"]["kernel"] for tree in (loaded, state.params))
+  np.testing.assert_array_equal(kernel.a, trained.a)
+  np.testing.assert_array_equal(kernel.b, trained.b)
+  np.testing.assert_array_equal(kernel.kernel, load_model(base)[1]["dit"]["blocks_1"]["attn"]["q"]["kernel"])
+  assert kernel.scale == rich.config.lora.alpha / 2 and np.abs(kernel.b).max() > 0
 
 
 def _paths(tree):
