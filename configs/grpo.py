@@ -10,8 +10,12 @@ python -m deepgen_jax.train --config configs/grpo.py:full --workdir gs://... --c
 one optimizer step an update, with gradients summed over all timesteps, micro-batches and the supervised batch (there every
 backward pass is a step of its own, 61 a rollout); statistics of advantages over the whole rollout (there: of a device); a key
 for each sample (there: the same noise on every device); old log-probabilities are never rounded; latents are float32; missing
-rewards leave the statistics (there: zeros); 1 - lambda counts only beside a supervised batch. Smaller departures are noted at
-their keys.
+rewards leave the statistics (there: zeros); 1 - lambda counts only beside a supervised batch; grpo_guard is the paper's, for
+each sample; diffusion_nft takes final latents and fresh noise; the x-based KL divides by the noise that is added; pictures for
+evaluation come from the EMA weights where they are kept (there: the initial ones). Smaller departures are noted at their keys.
+
+A replay of the rollout must give its log-probabilities, to 1e-5 in float32 and a quarter of ratio_clip in bfloat16, or the run
+stops: the first thing to look at when `full` first runs.
 """
 
 from ml_collections import ConfigDict

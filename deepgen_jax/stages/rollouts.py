@@ -51,13 +51,12 @@ def encode(pipe: DeepGenPipeline, prompts: Sequence, pixels: tuple[int, int], gu
 
 def items_of(prompts: Sequence, images: np.ndarray, group_size: int, first_group: int = 0) -> tuple[list[Item], list]:
   """Images of successive groups of `prompts`, [len(prompts) * group_size,H,W,3] -> (items to judge, weights of each)."""
-  items, weights = [], []
-  for place, image in enumerate(images):
-    prompt = prompts[place // group_size]
+  items = []
+  for group, prompt in enumerate(prompts):
     references = tuple(load_image(reference) for reference in prompt.references)
-    items.append(Item(prompt.text, image, references, first_group + place // group_size, prompt.metadata))
-    weights.append(prompt.weights)
-  return items, weights
+    own = images[group * group_size : (group + 1) * group_size]
+    items += [Item(prompt.text, image, references, first_group + group, prompt.metadata) for image in own]
+  return items, [prompt.weights for prompt in prompts for _ in range(group_size)]
 
 
 def reward_scalars(rewards, weights, names: Sequence[str], datasets: Sequence[str], group_size: int) -> dict[str, float]:
