@@ -25,6 +25,7 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pillow>=11.0",
+    "pyarrow>=15.0",
     "safetensors>=0.5",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.9",

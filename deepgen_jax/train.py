@@ -71,7 +71,7 @@ def train(config, workdir: epath.Path) -> None:
   # (update, metrics of its micro-batches on the device, the stage's own): fetched one update late, so that the device never
   # waits for the host
   pending = None
-  listed, programs = 0, set()
+  programs = set()
   try:
     # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
     # weights of the update that its row names. Metrics are read after the next update has been dispatched.
@@ -89,7 +89,8 @@ def train(config, workdir: epath.Path) -> None:
       if pending:
         log.write(*_fetch(pending, stage, config.max_nonfinite))
       pending = (done, metrics, stage.scalars())
-      listed = _list_bad_samples(workdir, stage.batches.bad_samples(), listed)
+      if done % config.log.every == 0:
+        _record_data(workdir, stage.batches)
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
         _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
     if pending:
@@ -103,6 +104,7 @@ def train(config, workdir: epath.Path) -> None:
   finally:
     profiler.close()
     samples.close()
+    _record_data(workdir, stage.batches)  # above all where bad data stopped the run
     ckpt.close()
     log.close()
     if held:
@@ -145,12 +147,12 @@ def _report(log: Log, step: int, report) -> None:
     log.image(step, name, picture)
 
 
-def _list_bad_samples(workdir: epath.Path, bad: list, listed: int) -> int:
-  """Keeps bad_samples.jsonl complete; returns how many it lists."""
-  if len(bad) > listed:
-    rows = [json.dumps({"source": b.source, "index": b.index, "reason": b.reason}) + "\n" for b in bad]
-    (workdir / "bad_samples.jsonl").write_text("".join(rows))
-  return len(bad)
+def _record_data(workdir: epath.Path, batches) -> None:
+  """What became of the data so far: counts of each source, and the samples that were replaced, if any."""
+  if counts := batches.counts():
+    (workdir / "data_counts.json").write_text(json.dumps(counts, indent=2) + "\n")
+  if bad := batches.bad_samples():
+    (workdir / "bad_samples.jsonl").write_text("".join(json.dumps(b._asdict()) + "\n" for b in bad))
 
 
 def _stop_on_signal() -> list:

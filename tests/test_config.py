@@ -26,6 +26,17 @@ def test_overrides_keep_types():
   assert config.optim.betas == (0.5, 0.6)
 
 
+def test_lists_of_words_need_no_quotes():
+  options = ["data.pattern=edit,generate", "data.sources=folder:/a b/c,wds:/d/{0..9}.tar"]
+  config = load_config("configs/align.py:tiny", options)
+  assert config.data.pattern == ("edit", "generate") and config.data.sources == ("folder:/a b/c", "wds:/d/{0..9}.tar")
+  config = load_config("configs/align.py:tiny", ["data.sources=({'uri': 'json:x', 'weight': 2},)", "data.pattern=edit"])
+  assert dict(config.data.sources[0]) == {"uri": "json:x", "weight": 2} and config.data.pattern == ("edit",)
+  assert '"weight": 2' in to_json(config)
+  with pytest.raises(UserError, match=r"'data.text_buckets' is a tuple"):
+    load_config("configs/align.py:tiny", ["data.text_buckets=few"])
+
+
 @pytest.mark.parametrize(
   "override, message",
   [

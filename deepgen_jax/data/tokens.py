@@ -32,6 +32,18 @@ SPECIAL_TOKENS = (
 )
 
 
+_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.json",
+  "chat_template.jinja",
+)
+
+
 class SpecialIds(NamedTuple):
   """Ids of the tokens that the prompt templates need."""
 
@@ -82,6 +94,15 @@ def load_tokenizer(path: str | os.PathLike):
     raise UserError(f"cannot read the tokenizer in {path}: {error}") from error
   special_ids(tokenizer)
   return tokenizer
+
+
+def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None:
+  """Copies a tokenizer's files as they are: releases of transformers don't read each other's rewritten ones."""
+  target = epath.Path(target)
+  target.mkdir(parents=True, exist_ok=True)
+  for name in _FILES:
+    if (file := epath.Path(source) / name).exists():
+      file.copy(target / name, overwrite=True)
 
 
 def special_ids(tokenizer) -> SpecialIds:

@@ -213,6 +213,10 @@ class Updates:
     """Of the supervised data."""
     return self._supervised.bad_samples() if self._supervised else []
 
+  def counts(self) -> dict:
+    """Likewise, what became of it."""
+    return self._supervised.counts() if self._supervised else {}
+
 
 class UpdateIterator:
   """Its whole state is `consumed`, in updates."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, MicroBatches
-from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, ImageFolder, RenderedWords
+from deepgen_jax.data.mixture import is_embedded, open_sources
+from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, Filters
 from deepgen_jax.errors import UserError
 from deepgen_jax.heldout import HeldOut
 from deepgen_jax.models import lora
@@ -46,8 +47,8 @@ def build(config, mesh) -> Stage:
     losses = sample_loss(model, params, batch, keys, joint=joint, **config.timesteps)
     return losses, {"edit_loss" if "references" in batch else "generate_loss": losses.mean()}
 
-  held_out = None  # a user's own folder has none
-  if config.eval.every and not config.data.folder:
+  held_out = None  # a user's own data has none
+  if config.eval.every and is_embedded(config.data.sources):
     held_out = HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples, mesh)
   pipe = None
 
@@ -77,8 +78,10 @@ def micro_batches(config, sizes, tokenizer) -> MicroBatches:
     caption_dropout=config.data.caption_dropout,
     seed=config.seed,
     max_bad_share=config.data.max_bad_share,
+    filters=Filters(**config.data.filters),
   )
-  return MicroBatches(spec, make_sources(config.data), tokenizer, jax.process_index(), jax.process_count())
+  sources = open_sources(config.data.sources, config.data.dir)
+  return MicroBatches(spec, sources, tokenizer, jax.process_index(), jax.process_count())
 
 
 def load_base(config):
@@ -91,15 +94,6 @@ def load_base(config):
   if (sizes.dit, tied(sizes.text)) != (wanted.dit, tied(wanted.text)):
     raise UserError(f"config.init {config.init!r} holds another size of model than config.size={config.size!r}")
   return sizes, params, tokenizer
-
-
-def make_sources(data) -> dict:
-  """task -> [(source, weight)] of the config's data block."""
-  if data.folder:
-    return {"generate": [(ImageFolder(data.folder), 1.0)]}
-  emoji = emoji_data.prepare(data.dir)
-  generate = [(EmojiGeneration(emoji), data.weights.emoji), (RenderedWords(), data.weights.words)]
-  return {"generate": generate, "edit": [(EmojiEdits(emoji), data.weights.edits)]}
 
 
 def make_held_out(data) -> dict:
