@@ -19,7 +19,7 @@ from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.log import Log, Profiler
-from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
+from deepgen_jax.stages.step import full_params, init_state, make_optimizer, make_train_step
 
 
 def train(config, workdir: epath.Path) -> None:
@@ -30,8 +30,10 @@ def train(config, workdir: epath.Path) -> None:
   checkpoint.check_config(workdir, config_json)
   mesh = sharding.make_mesh(config.mesh.to_dict())
   profiler = Profiler(config.profile, workdir / "profile")
-  stage = stages.build(config, mesh)
-  accumulate = len(config.data.pattern)
+  stage = stages.build(config, mesh, workdir)
+  accumulate = stage.host_batches or len(config.data.pattern)
+  if config.steps % stage.period:
+    raise UserError(f"config.steps is {config.steps}; updates come {stage.period} at a time here: give a multiple of that")
   workdir.mkdir(parents=True, exist_ok=True)
   held = checkpoint.lock(workdir)
   (workdir / "config.json").write_text(config_json)
@@ -40,7 +42,7 @@ def train(config, workdir: epath.Path) -> None:
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
   frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
   optimizer, schedule = make_optimizer(config.optim, config.steps)
-  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0)
+  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0, stage.old_decay is not None)
   state_shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
   ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
   if ckpt.latest() is None:
@@ -50,39 +52,49 @@ def train(config, workdir: epath.Path) -> None:
   del trainable
 
   step = make_train_step(
-    stage.loss, optimizer, schedule, accumulate=accumulate, clip=config.optim.clip, ema_decay=config.optim.ema
+    stage.loss,
+    optimizer,
+    schedule,
+    accumulate=accumulate,
+    clip=config.optim.clip,
+    ema_decay=config.optim.ema,
+    old_decay=stage.old_decay or (0.0, 0.0),
   )
   step = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
   rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
   put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
 
   done = int(state.step)
-  log = Log(workdir, config.steps, done, config.log.every, accumulate * config.data.batch_size)
+  log = Log(workdir, config.steps, done, config.log.every, stage.images or accumulate * config.data.batch_size)
   samples = stage.batches.iterate(data_state["micro_batches"])
   stop = _stop_on_signal()
-  pending = None  # (update, metrics on the device): fetched one update late, so that the device never waits for the host
+  # (update, metrics of its micro-batches on the device, the stage's own): fetched one update late, so that the device never
+  # waits for the host
+  pending = None
   programs = set()
   try:
     # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
     # weights of the update that its row names. Metrics are read after the next update has been dispatched.
-    while done < config.steps and not stop:
-      if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
+    while done < config.steps and not (stop and done % stage.period == 0):
+      if done % stage.period == 0 and ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
         log.checkpointed(done)
       profiler.at(done)
+      metrics = []
       for _ in range(accumulate):
-        for batch in stage.prepare(sharding.merge(state.params, frozen), next(samples)):
+        for batch in stage.prepare(full_params(state, frozen), next(samples)):
           _count_program(programs, batch, config.max_programs)
-          state, metrics = step(state, frozen, put(batch), rng)
+          state, found = step(state, frozen, put(batch), rng)
+          metrics.append(found)
       done += 1
       if pending:
-        log.write(*_fetch(pending, config.max_nonfinite))
-      pending = (done, metrics)
+        log.write(*_fetch(pending, stage, config.max_nonfinite))
+      pending = (done, metrics, stage.scalars())
       if done % config.log.every == 0:
         _record_data(workdir, stage.batches)
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
         _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
     if pending:
-      log.write(*_fetch(pending, config.max_nonfinite), force=True)
+      log.write(*_fetch(pending, stage, config.max_nonfinite), force=True)
     if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}, force=True):
       log.checkpointed(done)
     if done >= config.steps:
@@ -114,10 +126,11 @@ def _weights(state):
   return state.params if state.ema is None else state.ema
 
 
-def _fetch(pending, max_nonfinite: int) -> tuple[int, dict[str, float]]:
+def _fetch(pending, stage, max_nonfinite: int) -> tuple[int, dict[str, float]]:
   """(update, metrics as floats); stops the run when too many updates in a row weren't finite."""
-  step, metrics = pending
-  metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  step, metrics, scalars = pending
+  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(metrics)]
+  metrics = stage.summarise(rows) | scalars
   if metrics["skipped_in_row"] >= max_nonfinite:
     raise UserError(
       f"updates {step - max_nonfinite + 1} to {step} had a loss or gradient that isn't finite and changed no weight; "

@@ -6,7 +6,10 @@ from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import UserError
 
 
-@pytest.mark.parametrize("spec", ["align.py:tiny", "align.py:full", "sft.py:tiny", "sft.py:full", "pretrain_tiny.py:dit"])
+@pytest.mark.parametrize(
+  "spec",
+  ["align.py:tiny", "align.py:full", "sft.py:tiny", "sft.py:full", "pretrain_tiny.py:dit", "grpo.py:tiny", "grpo.py:full_lora"],
+)
 def test_shipped_configs_load(spec):
   config = load_config(f"configs/{spec}")
   assert config.steps > 0 and to_json(config).startswith("{")

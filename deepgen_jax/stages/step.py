@@ -5,17 +5,19 @@ A stage brings `loss(params, batch, keys) -> (per-sample loss [B], metrics)`; th
     train_step(state, frozen, batch, rng) -> (state, metrics)
 
 An update is `accumulate` micro-batches, each weighing the same: clip by global norm, AdamW, EMA; only then `step` rises. An
-update whose loss or gradient isn't finite changes no weight and is counted.
+update whose loss or gradient isn't finite changes no weight and is counted. A batch may say otherwise: "micro_batches" int [B],
+how many its update has, and "weight" float [B], a factor on the samples' losses whose mean over the update's samples is 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -39,6 +41,7 @@ class TrainState:
   loss: Array  # likewise
   opt_state: Any
   ema: Any  # None when not kept
+  old: Any  # a slower policy that a stage compares with; None when not kept
   skipped: Array  # updates skipped because they weren't finite
   skipped_in_row: Array
 
@@ -63,7 +66,7 @@ def make_optimizer(optim, steps: int) -> tuple[optax.GradientTransformation, Cal
   return optimizer, schedule
 
 
-def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool, old: bool = False) -> TrainState:
   """A fresh state around float32 trainable parameters."""
   zero = lambda: jnp.zeros((), jnp.int32)
   return TrainState(
@@ -74,9 +77,16 @@ def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool) ->
     loss=jnp.zeros(()),
     opt_state=optimizer.init(trainable),
     ema=jax.tree.map(jnp.copy, trainable) if ema else None,
+    old=jax.tree.map(jnp.copy, trainable) if old else None,
     skipped=zero(),
     skipped_in_row=zero(),
   )
+
+
+def full_params(state: TrainState, frozen) -> dict:
+  """What a stage's functions take: the parameters as they are, and under "old" those of the slower policy where it is kept."""
+  params = sharding.merge(state.params, frozen)
+  return params if state.old is None else params | {"old": sharding.merge(state.old, frozen)}
 
 
 def sample_keys(rng: Array, step: Array, sample_id: Array) -> Array:
@@ -84,12 +94,18 @@ def sample_keys(rng: Array, step: Array, sample_id: Array) -> Array:
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, step), i))(sample_id)
 
 
-def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, clip: float, ema_decay: float) -> Callable:
-  """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B]."""
+def make_train_step(
+  loss: Callable, optimizer, schedule, *, accumulate: int, clip: float, ema_decay: float, old_decay: tuple = (0.0, 0.0)
+) -> Callable:
+  """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B].
 
-  def finish(state: TrainState) -> tuple[TrainState, dict]:
-    """Completes an update."""
-    grads = jax.tree.map(lambda g: g / accumulate, state.grads)
+  old_decay (rise, most): update s keeps min(rise s, most) of the slower policy, where the state has one. A batch with weights
+  reports the gradient norms of its share and of the update so far: an update of several terms is told apart by them.
+  """
+
+  def finish(state: TrainState, count) -> tuple[TrainState, Array]:
+    """Completes an update -> (state, norm of its gradient)."""
+    grads = jax.tree.map(lambda g: g / count, state.grads)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(state.loss)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads)
@@ -98,6 +114,9 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
     ema = state.ema
     if ema is not None:
       ema = jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), ema, params)
+    old, kept = state.old, jnp.minimum(old_decay[0] * state.step, old_decay[1])
+    if old is not None:
+      old = jax.tree.map(lambda o, p: o * kept + p * (1 - kept), old, params)
     pick = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     done = TrainState(
       step=state.step + 1,
@@ -107,6 +126,7 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
       loss=jnp.zeros_like(state.loss),
       opt_state=pick(opt_state, state.opt_state),
       ema=pick(ema, state.ema),
+      old=pick(old, state.old),
       skipped=state.skipped + ~good,
       skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
     )
@@ -114,18 +134,21 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
 
   def train_step(state: TrainState, frozen, batch: dict, rng: Array) -> tuple[TrainState, dict]:
     keys = sample_keys(rng, state.step, batch["sample_id"])
+    count = batch["micro_batches"][0] if "micro_batches" in batch else accumulate
 
     def mean_loss(trainable):
-      losses, metrics = loss(sharding.merge(trainable, frozen), batch, keys)
-      return losses.mean(), metrics
+      losses, metrics = loss(full_params(state.replace(params=trainable), frozen), batch, keys)
+      return (losses * batch.get("weight", 1.0)).mean(), metrics
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     state = state.replace(
-      micro=state.micro + 1, loss=state.loss + value / accumulate, grads=jax.tree.map(jnp.add, state.grads, grads)
+      micro=state.micro + 1, loss=state.loss + value / count, grads=jax.tree.map(jnp.add, state.grads, grads)
     )
     update_loss, lr = state.loss, schedule(state.step)
-    last = state.micro == accumulate
-    state, norm = jax.lax.cond(last, finish, lambda s: (s, jnp.zeros(())), state)
+    if "weight" in batch:
+      metrics |= {"grad_norm_share": optax.tree.norm(grads) / count, "grad_norm_so_far": optax.tree.norm(state.grads) / count}
+    last = state.micro == count
+    state, norm = jax.lax.cond(last, lambda s: finish(s, count), lambda s: (s, jnp.zeros(())), state)
     metrics = metrics | {
       "micro_loss": value,
       "loss": update_loss,
@@ -137,3 +160,14 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
     return state, metrics
 
   return train_step
+
+
+# Metrics of the train step that belong to the update: its last micro-batch has them. Others are means over micro-batches.
+OF_UPDATE = ("loss", "grad_norm", "lr", "skipped", "skipped_in_row")
+
+
+def summarise(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+  """The metrics of an update from those of its micro-batches, in order: means over those that have one, and OF_UPDATE."""
+  names = dict.fromkeys(name for row in metrics for name in row)
+  means = {name: float(np.mean([row[name] for row in metrics if name in row])) for name in names}
+  return means | {name: metrics[-1][name] for name in OF_UPDATE}

@@ -28,19 +28,7 @@ def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
   sizes, loaded, tokenizer = load_base(config)
   model = DeepGen(sizes, dtype=compute_dtype(config.dtype), unroll=config.unroll)
-  spec = DataSpec(
-    pattern=tuple(config.data.pattern),
-    batch_size=config.data.batch_size,
-    image_size=sizes.image_size,
-    num_think_tokens=sizes.scb.num_think_tokens,
-    text_buckets=tuple(config.data.text_buckets),
-    caption_dropout=config.data.caption_dropout,
-    seed=config.seed,
-    max_bad_share=config.data.max_bad_share,
-    filters=Filters(**config.data.filters),
-  )
-  sources = open_sources(config.data.sources, config.data.dir)
-  batches = MicroBatches(spec, sources, tokenizer, jax.process_index(), jax.process_count())
+  batches = micro_batches(config, sizes, tokenizer)
   encoder = ImageEncoder(model, cache=config.data.cache_images)
   joint = bool(config.lora.targets)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
@@ -77,6 +65,23 @@ def build(config, mesh) -> Stage:
     return Report(scalars, held_out.pictures(pipe, params))
 
   return Stage(init, loss, batches, lambda params, host: [encode(params, host)], evaluate)
+
+
+def micro_batches(config, sizes, tokenizer) -> MicroBatches:
+  """The training stream of the config's data block."""
+  spec = DataSpec(
+    pattern=tuple(config.data.pattern),
+    batch_size=config.data.batch_size,
+    image_size=sizes.image_size,
+    num_think_tokens=sizes.scb.num_think_tokens,
+    text_buckets=tuple(config.data.text_buckets),
+    caption_dropout=config.data.caption_dropout,
+    seed=config.seed,
+    max_bad_share=config.data.max_bad_share,
+    filters=Filters(**config.data.filters),
+  )
+  sources = open_sources(config.data.sources, config.data.dir)
+  return MicroBatches(spec, sources, tokenizer, jax.process_index(), jax.process_count())
 
 
 def load_base(config):
