@@ -42,6 +42,7 @@ setup(
       *DEMO,
       *OCR,
       "pytest>=8.0",
+      "pytest-xdist>=3.6",
       "ruff>=0.14",
       f"torch==2.13.0; {TORCH}",
       f"diffusers>=0.36; {TORCH}",

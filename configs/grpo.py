@@ -57,6 +57,7 @@ def get_config(size: str = "tiny"):
       "objective": "flow_grpo",  # flow_grpo, grpo_guard, diffusion_nft
       "advantage": "gdpo",  # grpo, grpo_global_std, reinforce++, gdpo
       "advantage_clip": 5.0,
+      "shuffle_rewards": False,  # a control: every sample gets another's rewards, nothing should be learned
       "ratio_clip": (1e-4, 1e-4),  # how far the ratio may fall below and rise above 1
       "updates_per_rollout": 1,
       "micro_batch": 0,  # samples of a train step; 0: all of an update's

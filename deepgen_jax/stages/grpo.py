@@ -283,7 +283,7 @@ def load_judging(config) -> Judging:
     return prompts.embedded(emoji_data.prepare(config.data.dir), held_out=held_out, rewards=weights)
 
   def mixed(found):
-    options = dict(g.reward_options)
+    options = {"emoji_similarity": {"data_dir": config.data.dir}} | dict(g.reward_options)
     rewards = {name: registry.build(name, **options.get(name, {})) for name in found.reward_names()}
     return mixture.Mixture(rewards)
 

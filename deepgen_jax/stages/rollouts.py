@@ -173,6 +173,9 @@ class Rollouts:
       names = scores[0].names
       self._answers.write(number, rewards, weights, names)
     self.scalars |= reward_scalars(rewards, weights, names, np.repeat([p.dataset for p in prompts], g.group_size), g.group_size)
+    if g.shuffle_rewards:
+      order = np.random.default_rng((self._seed, number, 1)).permutation(count)
+      rewards, weights = rewards[order], weights[order]
     advantage = np.asarray(advantages(g.advantage, rewards, weights, g.group_size))
     self.scalars |= {"advantage_abs": float(np.abs(advantage).mean()), "window_start": self.start}
     self._cut(inputs, made, np.clip(advantage, -g.advantage_clip, g.advantage_clip), draw)

@@ -29,6 +29,19 @@ class Prompt:
 PROMPTS = [Prompt("a red cat"), Prompt("make it blue", (random_image(64, 64), random_image(48, 96, seed=1)))]
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_group_starts_from_one_noise_only_where_asked(shared):
+  """What is drawn on the way is each sample's own in either case; other rollouts draw others."""
+  noise, steps = (jax.random.key_data(keys) for keys in sample_keys(jax.random.key(5), 0, 3 * GROUP, GROUP, shared))
+  kinds = lambda keys: len({tuple(row) for row in np.asarray(keys).tolist()})
+  assert kinds(noise) == (3 if shared else 3 * GROUP) and kinds(steps) == 3 * GROUP
+  assert kinds(np.concatenate([noise, steps])) == kinds(noise) + kinds(steps)
+  later = jax.random.key_data(sample_keys(jax.random.key(5), 1, 3 * GROUP, GROUP, shared)[0])
+  assert kinds(np.concatenate([noise, later])) == 2 * kinds(noise)
+  if shared:
+    np.testing.assert_array_equal(noise[::GROUP], noise[1::GROUP])
+
+
 @pytest.fixture(scope="module")
 def pipe():
   return DeepGenPipeline(CONFIG, draw_params(), build_tiny_tokenizer())
