@@ -87,6 +87,16 @@ def state_shardings(state, mesh: Mesh):
   return map_paths(spec, state)
 
 
+def within(mesh: Mesh, function: Callable) -> Callable:
+  """`function`, traced with `mesh` around it: kernels that XLA doesn't partition read it there (models/splash.py)."""
+
+  def inside(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return inside
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Leading axis over data and fsdp."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

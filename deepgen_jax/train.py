@@ -19,7 +19,7 @@ from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.log import Log, Profiler
-from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
+from deepgen_jax.stages.step import in_compute_dtype, jit_step
 
 
 def train(config, workdir: epath.Path) -> None:
@@ -38,10 +38,8 @@ def train(config, workdir: epath.Path) -> None:
 
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
-  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
-  optimizer, schedule = make_optimizer(config.optim, config.steps)
-  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0)
-  state_shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
+  frozen = jax.device_put(in_compute_dtype(frozen, stage.dtype), sharding.param_shardings(frozen, mesh))
+  fresh, state_shardings, step = jit_step(config, stage.loss, trainable, mesh, stage.dtype)
   ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
   if ckpt.latest() is None:
     state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
@@ -49,10 +47,6 @@ def train(config, workdir: epath.Path) -> None:
     state, data_state = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
   del trainable
 
-  step = make_train_step(
-    stage.loss, optimizer, schedule, accumulate=accumulate, clip=config.optim.clip, ema_decay=config.optim.ema
-  )
-  step = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
   rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
   put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
 

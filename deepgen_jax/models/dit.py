@@ -112,6 +112,7 @@ class Block(nn.Module):
   config: DiTConfig
   dual: bool = False
   last: bool = False
+  attention: str = "xla"
 
   @nn.compact
   def __call__(self, streams, temb, segments):
@@ -130,12 +131,12 @@ class Block(nn.Module):
     cq, ck, cv = _Attention(cfg, name="context_attn")(_modulate(context, c_shift, c_scale))
     joint = jnp.concatenate([x_segments, c_segments], axis=1)
     q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, cq), (k, ck), (v, cv)))
-    h = merge_heads(attention(q, k, v, q_segments=joint, kv_segments=joint))
+    h = merge_heads(attention(q, k, v, q_segments=joint, kv_segments=joint, backend=self.attention))
     h, c_h = h[:, : x.shape[1]], h[:, x.shape[1] :]
     out = gate[:, None] * Linear(size, name="out")(h)
     if self.dual:
       q, k, v = _Attention(cfg, name="attn2")(_modulate(x, mod[6], mod[7]))
-      h = attention(q, k, v, q_segments=x_segments, kv_segments=x_segments)
+      h = attention(q, k, v, q_segments=x_segments, kv_segments=x_segments, backend=self.attention)
       out = out + mod[8][:, None] * Linear(size, name="out2")(merge_heads(h))
     x = x + out
     x = x + mlp_gate[:, None] * _MLP(cfg, name="mlp")(_modulate(x, mlp_shift, mlp_scale))
@@ -151,6 +152,8 @@ class DiT(nn.Module):
 
   config: DiTConfig
   unroll: bool = False
+  remat: str = "none"
+  attention: str = "xla"
 
   def setup(self):
     c = self.config
@@ -158,7 +161,10 @@ class DiT(nn.Module):
     self.context_embed = Linear(c.hidden_size)
     self.time_fc1, self.time_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
     self.pooled_fc1, self.pooled_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
-    self.blocks = [stack(Block, length, self.unroll)(c, dual=dual, last=last) for length, dual, last in block_runs(c)]
+    self.blocks = [
+      stack(Block, length, self.unroll, remat=self.remat)(c, dual=dual, last=last, attention=self.attention)
+      for length, dual, last in block_runs(c)
+    ]
     self.out_modulation = Linear(2 * c.hidden_size)
     self.out = Linear(c.patch_dim)
 

@@ -49,6 +49,7 @@ class DecoderLayer(nn.Module):
   """One pre-norm layer over streams that follow each other (see the head of the file)."""
 
   config: TextConfig
+  attention: str = "xla"
 
   @nn.compact
   def __call__(self, streams, tables, segments):
@@ -78,6 +79,7 @@ class DecoderLayer(nn.Module):
         q_segments=segment,
         kv_segments=jnp.concatenate(seen, axis=1),
         causal_offset=offset,
+        backend=self.attention,
       )
       x = x + out(merge_heads(h))
       h = post_norm(x)
@@ -93,6 +95,8 @@ class TextDecoder(nn.Module):
   config: TextConfig
   read_layers: tuple[int, ...]
   unroll: bool = False
+  remat: str = "none"
+  attention: str = "xla"
 
   def setup(self):
     c = self.config
@@ -102,7 +106,7 @@ class TextDecoder(nn.Module):
     starts = [0, *ends]
     lengths = [end - start for start, end in zip(starts, [*ends, c.num_layers]) if end > start]
     self.embedding = self.param("embedding", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
-    self.segments = [stack(DecoderLayer, n, self.unroll)(c) for n in lengths]
+    self.segments = [stack(DecoderLayer, n, self.unroll, remat=self.remat)(c, attention=self.attention) for n in lengths]
     self.norm = RMSNorm(c.rms_eps)
     if not c.tie_word_embeddings:
       self.head = Linear(c.vocab_size, use_bias=False, kernel_init=_INIT)

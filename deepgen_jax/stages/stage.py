@@ -28,6 +28,7 @@ class Stage:
   prepare(params, host_batch) -> list of batches (dicts of arrays with a leading sample axis); params are the current ones.
   evaluate(params, step) -> Report on held-out data with fixed seeds.
   finish(params): called once after the last update.
+  dtype: the compute dtype; frozen kernels are stored in it, trained ones cast to it while they are sharded.
   """
 
   init: Callable[[], Any]
@@ -36,3 +37,4 @@ class Stage:
   prepare: Callable[[Any, dict], list[dict]]
   evaluate: Callable[[Any, int], Report]
   finish: Callable[[Any], None] = lambda params: None
+  dtype: Any = np.float32

@@ -10,12 +10,14 @@ update whose loss or gradient isn't finite changes no weight and is counted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -84,7 +86,18 @@ def sample_keys(rng: Array, step: Array, sample_id: Array) -> Array:
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, step), i))(sample_id)
 
 
-def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, clip: float, ema_decay: float) -> Callable:
+def in_compute_dtype(params, dtype):
+  """Kernels and embeddings as `linear` and `embed` would cast them anyway; norms, biases and think tokens stay float32.
+
+  Done where parameters are still sharded, so that what is gathered from other devices is already small.
+  """
+  large = re.compile(r".*/(kernel|embedding|a|b)")
+  return sharding.map_paths(lambda path, x: x.astype(dtype) if large.fullmatch(path) else x, params)
+
+
+def make_train_step(
+  loss: Callable, optimizer, schedule, *, accumulate: int, clip: float, ema_decay: float, dtype=np.float32
+) -> Callable:
   """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B]."""
 
   def finish(state: TrainState) -> tuple[TrainState, dict]:
@@ -116,7 +129,7 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
     keys = sample_keys(rng, state.step, batch["sample_id"])
 
     def mean_loss(trainable):
-      losses, metrics = loss(sharding.merge(trainable, frozen), batch, keys)
+      losses, metrics = loss(sharding.merge(in_compute_dtype(trainable, dtype), frozen), batch, keys)
       return losses.mean(), metrics
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -137,3 +150,17 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
     return state, metrics
 
   return train_step
+
+
+def jit_step(config, loss: Callable, trainable, mesh, dtype) -> tuple[Callable, Any, Callable]:
+  """What `train` runs and `estimate` compiles: -> (fresh(trainable) -> TrainState, its shardings, the jitted step).
+
+  trainable: float32 leaves, arrays or ShapeDtypeStructs.
+  """
+  optimizer, schedule = make_optimizer(config.optim, config.steps)
+  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0)
+  shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
+  accumulate, optim = len(config.data.pattern), config.optim
+  step = make_train_step(loss, optimizer, schedule, accumulate=accumulate, clip=optim.clip, ema_decay=optim.ema, dtype=dtype)
+  step = sharding.within(mesh, step)
+  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
