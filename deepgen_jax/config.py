@@ -78,6 +78,8 @@ def _parse(key: str, text: str, old):
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
     value = text
+  if isinstance(value, str) and isinstance(old, tuple) and old and all(isinstance(word, str | dict) for word in old):
+    value = tuple(text.split(","))  # words, as in --config.data.pattern=edit,generate
   kinds = {bool: (bool,), int: (int,), float: (int, float), list: (list, tuple), tuple: (list, tuple)}.get(type(old))
   if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
     raise UserError(f"config key {key!r} is a {type(old).__name__} (now {old!r}); {text!r} is not")

@@ -16,6 +16,7 @@ from etils import epath
 
 from deepgen_jax import checkpoint
 from deepgen_jax.cli import parse
+from deepgen_jax.data.tokens import copy_tokenizer
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.models.deepgen import PARTS
 from deepgen_jax.weights import diffusers, lora_format, model_dir
@@ -35,16 +36,17 @@ def convert(weights: Weights, target, to: str = "deepgen_jax", keep_lora: bool =
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise UserError(f"--target {target} exists and isn't empty; give a new folder")
   tokenizer = weights.tokenizer()
-  weights = weights if keep_lora else weights.merged()
+  weights = weights.untied() if keep_lora else weights.merged()
   try:
+    copy_tokenizer(weights.tokenizer_dir, folder / "tokenizer")
     if to == "deepgen_jax":
-      model_dir.save_leaves(folder, weights.config, weights.leaves, weights.factors, tokenizer)
+      model_dir.save_leaves(folder, weights.config, weights.leaves, weights.factors)
       return
     for part in PARTS:
       own = {name.removeprefix(f"{part}/"): pair for name, pair in weights.factors.items() if name.startswith(f"{part}/")}
       if own:
         lora_format.save_adapter(folder / "lora" / part, diffusers.table(part, weights.config), own, base=str(target))
-    diffusers.save(folder, weights.config, weights.leaves, tokenizer)
+    diffusers.save(folder, weights.config, weights.leaves, tokenizer, save_tokenizer=False)
   except BaseException:
     shutil.rmtree(folder, ignore_errors=True) if "://" not in str(folder) else None
     raise

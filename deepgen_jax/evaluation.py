@@ -2,8 +2,8 @@
 
 Retrieval (design section 5): every held-out caption and up to --edits held-out edit triplets make one image each, seed = index;
 is the true emoji the nearest of all 3,953, or among the nearest five? Beside it the flow-matching loss on the same samples
-with fixed noise, and the pixel error outside the true change of an edit. Writes scores.json and samples.npz, which
-`deepgen_jax.report` draws.
+with fixed noise, the pixel error outside the true change of an edit, and the reward that stage 3 learns from (emoji_similarity)
+on the same images of captions. Writes scores.json and samples.npz, which `deepgen_jax.report` draws.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from deepgen_jax.errors import run_command
 from deepgen_jax.heldout import GUIDANCE, STEPS, HeldOut, generate
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.pipeline import DeepGenPipeline
+from deepgen_jax.rewards.emoji_similarity import emoji_similarity
+from deepgen_jax.rewards.reward import Item
 from deepgen_jax.sharding import make_mesh
 from deepgen_jax.weights.load import load_model
 
@@ -48,6 +50,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
   edited = generate(pipe, instructions, source, steps, guidance)
   held_out = HeldOut(pipe.model, pipe.tokenizer, {"generate": captions, "edit": triplets}, 225, pipe.mesh)
   retrieval = Retrieval(gallery)
+  reward = emoji_similarity(data_dir)([Item(name, image) for name, image in zip(names, generated)])
   by_caption = retrieval.recall(generated, captions.indices)
   by_edit = retrieval.recall(edited, [edit.target for edit in triplets.edits])
   scores = {
@@ -57,6 +60,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
     "edit_r5": by_edit["r5"],
     "heldout_loss": float(np.mean([*held_out.losses(pipe.params).values()])),
     "edit_error_outside": float(np.nanmean(error_outside_change(edited, source, true))),
+    "reward": float(np.nanmean(reward)),
     "captions": len(names),
     "edits": len(instructions),
     "sampler_steps": steps,

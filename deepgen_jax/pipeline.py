@@ -133,7 +133,7 @@ class DeepGenPipeline:
     cond = Conditioning(*(jnp.asarray(x) for x in (cond.pooled, cond.context, cond.mask)))
     if references is not None and len(references) != batch:
       raise UserError(f"{batch} latents but references for {len(references)} samples")
-    target, extra = self._target(batch, height, width), self._references(references)
+    target, extra = self.target(batch, height, width), self.references(references)
     patch = self.config.dit.patch_size
     tokens = self._velocity(self.params, patchify(latents, patch), timestep, cond, target, extra)
     return unpatchify(tokens, height, width, patch)
@@ -196,8 +196,8 @@ class DeepGenPipeline:
     pairs = lambda negative, positive: [x for pair in zip(negative, positive) for x in pair] if guided else positive
     latents = [[self.encode_image(x) for x in row] for row in rows]
     cond = self.encode_prompt(pairs(negatives, texts), pairs(rows, rows))
-    target = self._target(len(cond.pooled), height, width)
-    inputs = (patchify(noise, self.config.dit.patch_size), cond, target, self._references(pairs(latents, latents)))
+    target = self.target(len(cond.pooled), height, width)
+    inputs = (patchify(noise, self.config.dit.patch_size), cond, target, self.references(pairs(latents, latents)))
     sigmas = inference_sigmas(self.config.scheduler, steps, target["mask"].shape[1])
     return self._sample(self.params, *self._deal(inputs), sigmas, np.float32(guidance), size=(height, width), guided=guided)
 
@@ -211,14 +211,14 @@ class DeepGenPipeline:
       return tree
     return jax.device_put(tree, sharding.batch_sharding(self.mesh))
 
-  def _target(self, batch: int, height: int, width: int) -> dict:
+  def target(self, batch: int, height: int, width: int) -> dict:
     """Positions and mask of target latents [height, width]."""
     count = height * width // self.config.dit.patch_size**2
     blank = np.zeros((height, width, self.config.vae.latent_channels), np.float32)
     one = pad_tokens([blank], count, self.config)
     return {key: np.broadcast_to(one[key], (batch, *one[key].shape)) for key in ("positions", "mask")}
 
-  def _references(self, rows: Sequence[Sequence] | None) -> dict | None:
+  def references(self, rows: Sequence[Sequence] | None) -> dict | None:
     """Ragged reference latents -> padded tokens, positions, mask; None where there are none."""
     if rows is None or not any(len(row) for row in rows):
       return None

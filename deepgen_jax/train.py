@@ -19,7 +19,7 @@ from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.log import Log, Profiler
-from deepgen_jax.stages.step import in_compute_dtype, jit_step
+from deepgen_jax.stages.step import full_params, in_compute_dtype, jit_step
 
 
 def train(config, workdir: epath.Path) -> None:
@@ -30,8 +30,10 @@ def train(config, workdir: epath.Path) -> None:
   checkpoint.check_config(workdir, config_json)
   mesh = sharding.make_mesh(config.mesh.to_dict())
   profiler = Profiler(config.profile, workdir / "profile")
-  stage = stages.build(config, mesh)
-  accumulate = len(config.data.pattern)
+  stage = stages.build(config, mesh, workdir)
+  accumulate = stage.host_batches or len(config.data.pattern)
+  if config.steps % stage.period:
+    raise UserError(f"config.steps is {config.steps}; updates come {stage.period} at a time here: give a multiple of that")
   workdir.mkdir(parents=True, exist_ok=True)
   held = checkpoint.lock(workdir)
   (workdir / "config.json").write_text(config_json)
@@ -39,7 +41,7 @@ def train(config, workdir: epath.Path) -> None:
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
   frozen = jax.device_put(in_compute_dtype(frozen, stage.dtype), sharding.param_shardings(frozen, mesh))
-  fresh, state_shardings, step = jit_step(config, stage.loss, trainable, mesh, stage.dtype)
+  fresh, state_shardings, step = jit_step(config, stage, trainable, mesh)
   ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
   if ckpt.latest() is None:
     state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
@@ -51,31 +53,36 @@ def train(config, workdir: epath.Path) -> None:
   put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
 
   done = int(state.step)
-  log = Log(workdir, config.steps, done, config.log.every, accumulate * config.data.batch_size)
+  log = Log(workdir, config.steps, done, config.log.every, stage.images or accumulate * config.data.batch_size)
   samples = stage.batches.iterate(data_state["micro_batches"])
   stop = _stop_on_signal()
-  pending = None  # (update, metrics on the device): fetched one update late, so that the device never waits for the host
-  listed, programs = 0, set()
+  # (update, metrics of its micro-batches on the device, the stage's own): fetched one update late, so that the device never
+  # waits for the host
+  pending = None
+  programs = set()
   try:
     # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
     # weights of the update that its row names. Metrics are read after the next update has been dispatched.
-    while done < config.steps and not stop:
-      if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
+    while done < config.steps and not (stop and done % stage.period == 0):
+      if done % stage.period == 0 and ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
         log.checkpointed(done)
       profiler.at(done)
+      metrics = []
       for _ in range(accumulate):
-        for batch in stage.prepare(sharding.merge(state.params, frozen), next(samples)):
+        for batch in stage.prepare(full_params(state, frozen), next(samples)):
           _count_program(programs, batch, config.max_programs)
-          state, metrics = step(state, frozen, put(batch), rng)
+          state, found = step(state, frozen, put(batch), rng)
+          metrics.append(found)
       done += 1
       if pending:
-        log.write(*_fetch(pending, config.max_nonfinite))
-      pending = (done, metrics)
-      listed = _list_bad_samples(workdir, stage.batches.bad_samples(), listed)
+        log.write(*_fetch(pending, stage, config.max_nonfinite))
+      pending = (done, metrics, stage.scalars())
+      if done % config.log.every == 0:
+        _record_data(workdir, stage.batches)
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
         _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
     if pending:
-      log.write(*_fetch(pending, config.max_nonfinite), force=True)
+      log.write(*_fetch(pending, stage, config.max_nonfinite), force=True)
     if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}, force=True):
       log.checkpointed(done)
     if done >= config.steps:
@@ -85,6 +92,7 @@ def train(config, workdir: epath.Path) -> None:
   finally:
     profiler.close()
     samples.close()
+    _record_data(workdir, stage.batches)  # above all where bad data stopped the run
     ckpt.close()
     log.close()
     if held:
@@ -106,10 +114,11 @@ def _weights(state):
   return state.params if state.ema is None else state.ema
 
 
-def _fetch(pending, max_nonfinite: int) -> tuple[int, dict[str, float]]:
+def _fetch(pending, stage, max_nonfinite: int) -> tuple[int, dict[str, float]]:
   """(update, metrics as floats); stops the run when too many updates in a row weren't finite."""
-  step, metrics = pending
-  metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+  step, metrics, scalars = pending
+  rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(metrics)]
+  metrics = stage.summarise(rows) | scalars
   if metrics["skipped_in_row"] >= max_nonfinite:
     raise UserError(
       f"updates {step - max_nonfinite + 1} to {step} had a loss or gradient that isn't finite and changed no weight; "
@@ -126,12 +135,12 @@ def _report(log: Log, step: int, report) -> None:
     log.image(step, name, picture)
 
 
-def _list_bad_samples(workdir: epath.Path, bad: list, listed: int) -> int:
-  """Keeps bad_samples.jsonl complete; returns how many it lists."""
-  if len(bad) > listed:
-    rows = [json.dumps({"source": b.source, "index": b.index, "reason": b.reason}) + "\n" for b in bad]
-    (workdir / "bad_samples.jsonl").write_text("".join(rows))
-  return len(bad)
+def _record_data(workdir: epath.Path, batches) -> None:
+  """What became of the data so far: counts of each source, and the samples that were replaced, if any."""
+  if counts := batches.counts():
+    (workdir / "data_counts.json").write_text(json.dumps(counts, indent=2) + "\n")
+  if bad := batches.bad_samples():
+    (workdir / "bad_samples.jsonl").write_text("".join(json.dumps(b._asdict()) + "\n" for b in bad))
 
 
 def _stop_on_signal() -> list:

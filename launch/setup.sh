@@ -42,5 +42,8 @@ if ! cmp --silent setup.py "$stamp"; then
     "${pip[@]}" torch==2.13.0 # first and alone, so that nothing else decides which build of it
   fi
   "${pip[@]}" --editable ".[$extra]"
+  if [[ $extra == test ]]; then
+    "${pip[@]}" --no-deps brisque==0.2.0 # two of its files are read; what it depends on would need a compiler
+  fi
   cp setup.py "$stamp"
 fi

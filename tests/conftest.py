@@ -19,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 ALLOWED_SKIPS = [r"needs an accelerator"]
 if sys.version_info >= (3, 12):
   ALLOWED_SKIPS.append(r"could not import '(torch|diffusers)'")
+if sys.version_info >= (3, 13):  # rapidocr-onnxruntime isn't made for it
+  ALLOWED_SKIPS.append(r"could not import 'rapidocr_onnxruntime'")
 
 
 def skip_is_allowed(reason):

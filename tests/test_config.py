@@ -6,7 +6,10 @@ from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import UserError
 
 
-@pytest.mark.parametrize("spec", ["align.py:tiny", "align.py:full", "sft.py:tiny", "sft.py:full", "pretrain_tiny.py:dit"])
+@pytest.mark.parametrize(
+  "spec",
+  ["align.py:tiny", "align.py:full", "sft.py:tiny", "sft.py:full", "pretrain_tiny.py:dit", "grpo.py:tiny", "grpo.py:full_lora"],
+)
 def test_shipped_configs_load(spec):
   config = load_config(f"configs/{spec}")
   assert config.steps > 0 and to_json(config).startswith("{")
@@ -21,6 +24,17 @@ def test_overrides_keep_types():
   assert config.steps == 7 and config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
   assert config.data.pattern == ("edit",) and config.init == "some/dir" and config.unroll is False
   assert config.optim.betas == (0.5, 0.6)
+
+
+def test_lists_of_words_need_no_quotes():
+  options = ["data.pattern=edit,generate", "data.sources=folder:/a b/c,wds:/d/{0..9}.tar"]
+  config = load_config("configs/align.py:tiny", options)
+  assert config.data.pattern == ("edit", "generate") and config.data.sources == ("folder:/a b/c", "wds:/d/{0..9}.tar")
+  config = load_config("configs/align.py:tiny", ["data.sources=({'uri': 'json:x', 'weight': 2},)", "data.pattern=edit"])
+  assert dict(config.data.sources[0]) == {"uri": "json:x", "weight": 2} and config.data.pattern == ("edit",)
+  assert '"weight": 2' in to_json(config)
+  with pytest.raises(UserError, match=r"'data.text_buckets' is a tuple"):
+    load_config("configs/align.py:tiny", ["data.text_buckets=few"])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def scores(stage):
     "stage": stage,
     "heldout_loss": 1 - value,
     "edit_error_outside": 9.0 - value,
+    "reward": value / 2,
     "sampler_steps": 20,
     "guidance": 4.0,
   }
@@ -119,7 +120,10 @@ def decode(source):
 
 
 def test_scores_are_a_list_in_the_order_of_the_stages(written):
-  assert json.loads((written / "scores.json").read_text()) == [scores(stage) for stage in STAGES]
+  first, *others = json.loads((written / "scores.json").read_text())
+  assert first == scores("start")
+  changes = [dict(reward_before=0.125, reward_after=0.25), dict(reward_before=0.25, reward_after=0.375)]
+  assert others == [scores(stage) | change for stage, change in zip(STAGES[1:], changes)]
 
 
 def test_picture_is_a_png_that_shows_the_samples(written):
@@ -156,8 +160,26 @@ def test_page_escapes_captions(written):
 
 def test_page_shows_the_scores_and_marks_the_best(written):
   text = (written / "report.html").read_text()
-  assert re.findall(r'<td class="best">([^<]*)', text) == ["75.0 %"] * 4 + ["0.2500", "8.2"]  # all in the last row
+  assert re.findall(r'<td class="best">([^<]*)', text) == ["75.0 %"] * 4 + ["0.2500", "8.2", "0.375"]  # all in the last row
   assert "25.0 % → 75.0 %" in text and "20 steps" in text
+
+
+def test_reinforcement_learning_shows_its_reward(root, written):
+  """Beside the losses of the other stages, and on a scale of its own."""
+  (root / "grpo").mkdir()
+  rows = [{"step": i, "loss": -0.1, "reward": 0.2 + i / 50} for i in range(1, 6)] + [{"step": 5, "eval/reward": 0.4}]
+  (root / "grpo" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+  runs = [results.read_run(name, root / name) for name in ("align", "grpo")]
+  assert set(runs[1].losses) == {"reward", "heldout_reward"} and runs[1].losses["reward"].shape == (5, 2)
+  stages = [results.read_stage(name, root / "eval" / name) for name in STAGES]
+  from matplotlib.figure import Figure
+
+  from deepgen_jax.reporting import picture
+
+  panels = Figure().subplots(1, 2)
+  picture._loss_panels(panels, runs, stages)
+  assert [panel.get_title("left") for panel in panels] == ["align: flow-matching loss", "grpo: reward"]
+  assert len(panels[1].lines) == 2 and panels[1].get_ylim()[1] > 0.39
 
 
 def test_losses_are_read_by_series(root):

@@ -1,23 +1,26 @@
 """The loop through its command: it trains, resumes bit for bit, keeps what it must and refuses what it should."""
 
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from PIL import Image
 
 from deepgen_jax import checkpoint, train
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.weights.load import load_model
-from tests.small import CONFIG, draw_params, save_model
+from tests.small import CONFIG, draw_params, random_image, save_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,6 +63,18 @@ def whole(align, tmp_path_factory):
   return align(tmp_path_factory.mktemp("whole"), 4, "--config.eval.every=4")
 
 
+def png(pixels):
+  data = io.BytesIO()
+  Image.fromarray(pixels).save(data, format="PNG")
+  return data.getvalue()
+
+
+def add(tar, name, data):
+  info = tarfile.TarInfo(name)
+  info.size = len(data)
+  tar.addfile(info, io.BytesIO(data))
+
+
 def rows(workdir):
   return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -95,6 +110,39 @@ def test_resume_is_bit_equal(whole, align, tmp_path):
     np.testing.assert_array_equal(one[name], two[name], err_msg=name)
   losses = lambda d: [(r["step"], r["loss"], r["grad_norm"]) for r in rows(epath.Path(d)) if "loss" in r]
   assert losses(whole) == losses(halved)
+
+
+def test_a_run_on_a_user_s_own_tar(align, tmp_path):
+  """Generation and edits with one and two references; a broken sample, a narrow one; nothing of the embedded set."""
+  tar = str(tmp_path / "edits-{0..1}.tar")
+  for shard in range(2):
+    with tarfile.open(tar.replace("{0..1}", str(shard)), "w") as file:
+      for n in range(6):
+        for name in ("output", "input_0", "input_1")[: 2 + n % 2]:
+          add(file, f"{n}.{name}.png", png(random_image(64, 64, seed=n)) if n != 2 else b"broken")
+        add(file, f"{n}.txt", b"make it another")
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  for n in range(5):
+    (folder / f"{n}.png").write_bytes(png(random_image(64, 1000 if n == 3 else 64, seed=n)))
+    (folder / f"{n}.txt").write_text("a picture")
+  sources = f"--config.data.sources=wds:{tar},folder:{folder}"
+  out = align(tmp_path / "run", 2, sources, "--config.data.max_bad_share=0.5", "--config.eval.every=1")
+  assert [row["step"] for row in rows(out)] == [1, 2] and all(np.isfinite(row["loss"]) for row in rows(out))
+  counts = json.loads((out / "data_counts.json").read_text())
+  assert counts[f"wds:{tar}"]["drawn"] >= 16 and counts[f"wds:{tar}"]["broken"] >= 2
+  assert counts[f"folder:{folder}"]["filtered"]["max_aspect"] >= 1
+  bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+  assert {(b["source"][:3], b["index"], b["filter"]) for b in bad} == {("wds", 2, ""), ("wds", 8, ""), ("fol", 3, "max_aspect")}
+
+
+def test_bad_data_stops_a_run_and_is_listed(align, tmp_path):
+  for n in range(4):
+    (tmp_path / f"{n}.png").write_bytes(b"broken" if n else png(random_image(64, 64)))
+    (tmp_path / f"{n}.txt").write_text("a picture")
+  with pytest.raises(UserError, match=r"were broken, more than the share of 0\.01"):
+    align(tmp_path / "run", 9, f"--config.data.sources=folder:{tmp_path}", "--config.data.pattern=generate")
+  assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) >= 1
 
 
 def test_sft_trains_the_dit_and_lora_and_can_be_loaded(whole, align, tmp_path):

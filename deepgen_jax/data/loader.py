@@ -16,9 +16,9 @@ import numpy as np
 
 from deepgen_jax.data import prompts
 from deepgen_jax.data.composition import text_hash
-from deepgen_jax.data.images import fix_pixels, reference_sizes
+from deepgen_jax.data.images import fix_edit, reference_sizes
 from deepgen_jax.data.prompts import Prompt
-from deepgen_jax.data.sources import BadSample, Guarded, Sample, Source, total_bad
+from deepgen_jax.data.sources import FILTERS, BadSample, Filters, Guarded, Sample, Source
 from deepgen_jax.errors import UserError
 
 TASKS = ("generate", "edit")
@@ -37,6 +37,7 @@ class DataSpec:
   caption_dropout: float = 0.1  # generation only
   seed: int = 0
   max_bad_share: float = 0.1
+  filters: Filters = FILTERS
   threads: int = 2
   prefetch: int = 4  # micro-batches read ahead
 
@@ -54,8 +55,7 @@ class Example:
 
 def prepare(sample: Sample, sample_id: int, spec: DataSpec, tokenizer, train: bool = True) -> Example:
   """Sizes the images and tokenizes the prompt. With `train`, wording and caption dropout are drawn from seed and id."""
-  target = fix_pixels(sample.target, spec.image_size)
-  references = tuple(fix_pixels(image, spec.image_size) for image in sample.references)
+  target, references = fix_edit(sample.target, sample.references, spec.image_size)
   sizes = reference_sizes(references)
   text = sample.texts[0]
   if train:
@@ -115,7 +115,9 @@ class MicroBatches:
       if task not in TASKS:
         raise UserError(f"unknown task {task!r} in the task pattern; use {' or '.join(TASKS)}")
       if not sources.get(task):
-        raise UserError(f"the task pattern has {task!r}, but no data source is given for it")
+        raise UserError(
+          f"the task pattern has {task!r}, but no data source is given for it; change data.pattern or data.sources"
+        )
     local = spec.batch_size // process_count
     self._rows = range(process_index * local, (process_index + 1) * local)
     self._buckets = spec.text_buckets if process_count == 1 else (max(spec.text_buckets),)
@@ -130,7 +132,7 @@ class MicroBatches:
         raise UserError(f"data source {source.name!r} holds samples of task {source.task!r}, not {task!r}")
       if weight <= 0:
         continue
-      guarded = Guarded(source, self.spec.max_bad_share)
+      guarded = Guarded(source, self.spec.max_bad_share, self.spec.filters)
       self._guarded.append(guarded)
       seed = int(_uniform(self.spec.seed, number, f"shuffle {task}") * 2**32)
       streams.append(grain.MapDataset.source(guarded).shuffle(seed=seed).repeat())
@@ -165,8 +167,12 @@ class MicroBatches:
     return MicroBatchIterator(self, start)
 
   def bad_samples(self) -> list[BadSample]:
-    """Every broken sample replaced so far on this host (reading ahead included), once each."""
-    return total_bad(self._guarded)
+    """The samples replaced so far on this host (reading ahead included), once each."""
+    return [bad for source in self._guarded for bad in source.bad_samples()]
+
+  def counts(self) -> dict[str, dict]:
+    """Source name -> how many of its samples were drawn on this host, were broken, and were filtered by what."""
+    return {source.name: source.counts() for source in self._guarded}
 
 
 class MicroBatchIterator:

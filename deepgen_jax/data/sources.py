@@ -1,4 +1,5 @@
 """Random-access sources of samples: emoji pairs, emoji edits, rendered words, and a user's folder of images and captions.
+Other formats are in `formats/`, and `mixture.py` opens what a config lists.
 
 A source has `name`, `len()` and `source[i] -> Sample`, pure functions of i. What it can't read raises; `Guarded` replaces it.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,11 +17,13 @@ from etils import epath
 
 from deepgen_jax.data import edits, words
 from deepgen_jax.data.emoji import EmojiSet
+from deepgen_jax.data.files import missing
 from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MAX_ASPECT = 10.0  # longer side / shorter side; the reference's limit
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+TRIES = 1000  # samples in a row that may be broken or filtered
+LISTED = 1000  # bad samples that are kept of a source; past that they are only counted
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,17 @@ class ImageFolder:
 
   task = "generate"
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(self, path: str | os.PathLike):
     """Raises UserError if the folder (local or gs://) doesn't exist or holds no image."""
-    self.name = os.fspath(folder)
-    path = epath.Path(folder)
-    if not path.is_dir():
-      raise UserError(f"no such image folder: {path}")
-    self.files = sorted((f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: file.name)
+    self.name = f"folder:{os.fspath(path)}"
+    folder = epath.Path(path)
+    if not folder.exists():
+      raise missing(folder)
+    if not folder.is_dir():
+      raise UserError(f"{folder} is no folder of images")
+    self.files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: file.name)
     if not self.files:
-      raise UserError(f"no images in {path}: expected files like cat.png with cat.txt beside it ({' '.join(IMAGE_SUFFIXES)})")
+      raise UserError(f"no images in {folder}: expected files like cat.png with cat.txt beside it ({' '.join(IMAGE_SUFFIXES)})")
 
   def __len__(self) -> int:
     return len(self.files)
@@ -131,28 +136,50 @@ class ImageFolder:
     return Sample(self.task, (caption,), load_image(file))
 
 
+@dataclass(frozen=True)
+class Filters:
+  """What training leaves out on purpose. The reference has the first two, with 80 and 10, for its pre-training images alone."""
+
+  min_side: int = 0  # pixels of the shorter side
+  max_aspect: float = 10.0  # longer side / shorter side
+  max_text: int = 8000  # characters
+
+
+FILTERS = Filters()
+
+
+class Filtered(UserError):
+  """A whole sample that a filter leaves out; `filter` names it."""
+
+  def __init__(self, name: str, message: str):
+    super().__init__(message)
+    self.filter = name
+
+
 class BadSample(NamedTuple):
-  """A sample that was replaced: its source, its index there, and why."""
+  """A sample that was replaced: its source, its index there, why, and the filter that did it ("" for a broken one)."""
 
   source: str
   index: int
   reason: str
+  filter: str = ""
 
 
 class Guarded:
-  """A source whose broken samples are replaced by the next good one, deterministically, and recorded.
+  """A source whose broken and filtered samples are replaced by the next good one, deterministically, and recorded.
 
-  Raises UserError when more than `max_bad_share` of the samples drawn (counting from 100 on) were broken, or all are.
+  Raises UserError when more than `max_bad_share` of the samples drawn (counting from 100 on) were broken, or `TRIES` in a row.
   """
 
-  def __init__(self, source: Source, max_bad_share: float = 0.1):
+  def __init__(self, source: Source, max_bad_share: float = 0.1, filters: Filters = FILTERS):
     if not len(source):
       raise UserError(f"the data source {source.name!r} is empty")
     self.source, self.name, self.task = source, source.name, source.task
-    self.max_bad_share = max_bad_share
+    self.max_bad_share, self.filters = max_bad_share, filters
     self._lock = threading.Lock()
     self._bad: dict[int, BadSample] = {}
     self._drawn = self._broken = 0
+    self._filtered: Counter[str] = Counter()
 
   def __len__(self) -> int:
     return len(self.source)
@@ -160,22 +187,28 @@ class Guarded:
   def __getitem__(self, index: int) -> Sample:
     with self._lock:
       self._drawn += 1
-    first = None
-    for step in range(len(self)):
+    first, tries = None, min(len(self), TRIES)
+    for step in range(tries):
       place = (index + step) % len(self)
       try:
         sample = self.source[place]
-        check(sample)
+        if sample.task != self.task:
+          raise UserError(f"a sample of task {sample.task!r} in a source of task {self.task!r}: give each its own source")
+        check(sample, self.filters)
         return sample
       except (OSError, ValueError, KeyError) as error:  # UserError is a ValueError
-        bad = BadSample(self.name, place, str(error))
+        bad = BadSample(self.name, place, str(error), getattr(error, "filter", ""))
         first = first or bad
         self._record(bad, counts=step == 0)
-    raise UserError(f"every sample of the data source {self.name!r} is broken; the first: {first.reason}")
+    raise UserError(f"{tries} samples in a row of the data source {self.name!r} can't be used; the first: {first.reason}")
 
   def _record(self, bad: BadSample, counts: bool) -> None:
     with self._lock:
-      self._bad.setdefault(bad.index, bad)
+      if len(self._bad) < LISTED:
+        self._bad.setdefault(bad.index, bad)
+      if bad.filter:
+        self._filtered[bad.filter] += counts
+        return
       self._broken += counts
       if self._broken > self.max_bad_share * max(self._drawn, 100):
         raise UserError(
@@ -184,23 +217,29 @@ class Guarded:
         )
 
   def bad_samples(self) -> list[BadSample]:
-    """Every broken sample met so far, once each, in order of index."""
+    """Broken and filtered samples met so far, once each, in order of index; the first `LISTED` that were met."""
     with self._lock:
       return [self._bad[index] for index in sorted(self._bad)]
 
+  def counts(self) -> dict:
+    """How often a sample was drawn, and was replaced because it was broken or by which filter."""
+    with self._lock:
+      return {"drawn": self._drawn, "broken": self._broken, "filtered": dict(sorted(self._filtered.items()))}
 
-def check(sample: Sample) -> None:
-  """Raises UserError for what training can't use: a blank text, an image of extreme shape, an edit without a reference."""
+
+def check(sample: Sample, filters: Filters) -> None:
+  """Raises UserError for a sample that is broken (a blank text, an edit without a reference), Filtered for an unwanted one."""
   if not sample.texts or not all(text.strip() for text in sample.texts):
     raise UserError("the text is empty")
   if (sample.task == "edit") != bool(sample.references):
     raise UserError(f"a sample of task {sample.task!r} has {len(sample.references)} reference images")
+  longest = max(len(text) for text in sample.texts)
+  if longest > filters.max_text:
+    raise Filtered("max_text", f"the text has {longest} characters (limit {filters.max_text})")
   for image in (sample.target, *sample.references):
     short, long = sorted(image.shape[:2])
-    if short < 1 or long > MAX_ASPECT * short:
-      raise UserError(f"an image of {image.shape[0]}x{image.shape[1]} pixels is too narrow (limit 1:{MAX_ASPECT:g})")
-
-
-def total_bad(sources: Sequence[Guarded]) -> list[BadSample]:
-  """The broken samples of several sources."""
-  return [bad for source in sources for bad in source.bad_samples()]
+    shape = f"an image of {image.shape[0]}x{image.shape[1]} pixels (height x width)"
+    if short < max(filters.min_side, 1):
+      raise Filtered("min_side", f"{shape} is too small (limit {filters.min_side})")
+    if long > filters.max_aspect * short:
+      raise Filtered("max_aspect", f"{shape} is too narrow (limit 1:{filters.max_aspect:g})")

@@ -32,6 +32,18 @@ SPECIAL_TOKENS = (
 )
 
 
+_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "chat_template.json",
+  "chat_template.jinja",
+)
+
+
 class SpecialIds(NamedTuple):
   """Ids of the tokens that the prompt templates need."""
 
@@ -66,9 +78,16 @@ def build_tiny_tokenizer():
 
 
 def load_tokenizer(path: str | os.PathLike):
+  """Reads the tokenizer of a model, as `read_tokenizer`. Raises UserError too if it lacks a token that the prompts need."""
+  tokenizer = read_tokenizer(path)
+  special_ids(tokenizer)
+  return tokenizer
+
+
+def read_tokenizer(path: str | os.PathLike):
   """Reads the tokenizer that `save_pretrained` wrote to the folder `path` (local or gs://); never goes to the network.
 
-  Raises UserError if the folder isn't there, can't be read, or lacks a token that the prompts need.
+  Raises UserError if the folder isn't there or can't be read.
   """
   _without_advice()
   from transformers import AutoTokenizer
@@ -77,11 +96,18 @@ def load_tokenizer(path: str | os.PathLike):
   if not folder.is_dir() or not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
     raise UserError(f"no tokenizer in {path}: expected a folder with tokenizer.json. Give the tokenizer/ folder of a model.")
   try:
-    tokenizer = AutoTokenizer.from_pretrained(str(_local(folder)), local_files_only=True)
+    return AutoTokenizer.from_pretrained(str(_local(folder)), local_files_only=True)
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"cannot read the tokenizer in {path}: {error}") from error
-  special_ids(tokenizer)
-  return tokenizer
+
+
+def copy_tokenizer(source: str | os.PathLike, target: str | os.PathLike) -> None:
+  """Copies a tokenizer's files as they are: releases of transformers don't read each other's rewritten ones."""
+  target = epath.Path(target)
+  target.mkdir(parents=True, exist_ok=True)
+  for name in _FILES:
+    if (file := epath.Path(source) / name).exists():
+      file.copy(target / name, overwrite=True)
 
 
 def special_ids(tokenizer) -> SpecialIds:

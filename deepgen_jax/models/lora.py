@@ -94,6 +94,11 @@ def merge_lora(params):
   return jax.tree.map(lambda p: merge(p) if _is_lora(p) else p, params, is_leaf=_is_lora)
 
 
+def without_lora(params):
+  """Every LoraKernel becomes the kernel that it lies on: the weights that it started from, without a copy."""
+  return jax.tree.map(lambda p: p.kernel if _is_lora(p) else p, params, is_leaf=_is_lora)
+
+
 def with_dropout_keys(params, token_keys: Array):
   """Gives each LoraKernel its own fold of `token_keys` (uint32 [B,T,2], one key a token)."""
 

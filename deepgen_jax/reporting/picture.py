@@ -70,12 +70,24 @@ def _save(figure: Figure, kind: str) -> bytes:
 
 
 def _loss_panels(panels: Sequence[Axes], runs: Sequence[Run], stages: Sequence[Stage]) -> None:
-  """One panel a run on a common scale: held-out loss as a line with points, training loss as a pale line."""
-  seen = [rows[:, 1] for run in runs for rows in run.losses.values()]
+  """One panel a run, losses on a common scale: held-out loss as a line with points, training loss as a pale line. Of
+  reinforcement learning, the reward.
+  """
+  seen = [rows[:, 1] for run in runs for key, rows in run.losses.items() if key.endswith("loss")]
   finite = [values[np.isfinite(values)] for values in seen]
   values = np.concatenate(finite) if finite else np.zeros(0)
   for panel, run in zip(panels, runs):
     colour = stage_colour(run.name, stages)
+    if rewards := [key for key in ("reward", "heldout_reward") if key in run.losses]:
+      for key in rewards:
+        held_out = key == "heldout_reward"
+        style = {"linewidth": 2, "marker": "o", "markersize": 3} if held_out else {"linewidth": 1, "alpha": 0.35}
+        panel.plot(*run.losses[key].T, color=colour, label="held-out prompts" if held_out else "rollouts", **style)
+      panel.set_title(f"{run.name}: reward", loc="left", fontweight="bold", fontsize=10)
+      panel.set_xlabel("update")
+      panel.legend(frameon=False, fontsize=8, labelcolor=FAINT)
+      _plain(panel)
+      continue
     if "loss" in run.losses:
       panel.plot(*run.losses["loss"].T, color=colour, alpha=0.35, linewidth=1, label="training")
     for key, style in (("heldout_loss", "-"), ("heldout_generate_loss", ":"), ("heldout_edit_loss", "--")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -21,8 +22,9 @@ SCORES = {
   "edit_r5": ("edit R@5", True),
   "heldout_loss": ("held-out loss", False),
   "edit_error_outside": ("pixel error outside the change", False),
+  "reward": ("reward (emoji similarity)", True),
 }
-OPTIONAL = ("edit_error_outside",)
+OPTIONAL = ("edit_error_outside", "reward")
 PICTURES = {"captions": ("generated", "true"), "instructions": ("source", "edited", "edit_true")}  # texts -> images
 
 
@@ -39,7 +41,9 @@ class Stage:
 
 @dataclass(frozen=True)
 class Run:
-  """A training. losses: "loss" (training) and "heldout..." -> float64 [K,2] of (update, loss)."""
+  """A training. losses: "loss" (training) and "heldout..." -> float64 [K,2] of (update, loss); of reinforcement learning
+  "reward" (of rollouts) and "heldout_reward" instead.
+  """
 
   name: str
   losses: dict[str, np.ndarray]
@@ -80,13 +84,23 @@ def read_run(name: str, workdir: str) -> Run:
     try:
       row = json.loads(line)
       for key, value in row.items():
-        if key == "loss" or (key.startswith("eval/heldout") and key.endswith("loss")):
-          series.setdefault(key.removeprefix("eval/"), []).append((row["step"], value))
+        if curve := _series(key):
+          series.setdefault(curve, []).append((row["step"], value))
     except (ValueError, KeyError, AttributeError):
       raise UserError(f"run {name}: {path} line {number} is no row of metrics; resuming the run mends it") from None
   if not series:
     raise UserError(f"run {name}: {path} holds no loss yet; let the run make some updates")
-  return Run(name, {key: np.array(rows, np.float64) for key, rows in series.items()})
+  kept = [key for key in series if key.endswith("reward")] or list(series)
+  return Run(name, {key: np.array(series[key], np.float64) for key in kept})
+
+
+def _series(key: str) -> str:
+  """The curve that a key of metrics.jsonl belongs to; '' for none."""
+  if key in ("loss", "reward"):
+    return key
+  if key == "eval/reward":
+    return "heldout_reward"
+  return key.removeprefix("eval/") if key.startswith("eval/heldout") and key.endswith("loss") else ""
 
 
 def check_same_samples(stages: Sequence[Stage]) -> None:
@@ -96,6 +110,15 @@ def check_same_samples(stages: Sequence[Stage]) -> None:
     for key in ("captions", "true", "instructions", "source", "edit_true"):
       if not np.array_equal(first.samples[key], stage.samples[key]):
         raise UserError(f"stages {first.name} and {stage.name} differ in {key!r}: evaluate both with the same options")
+
+
+def with_change_of_reward(stages: Sequence[Stage]) -> list[dict]:
+  """The stages' scores; after the first, with the reward before and after the stage where both were judged."""
+  rows = [dict(stage.scores) for stage in stages]
+  for before, row in itertools.pairwise(rows):
+    if "reward" in before and "reward" in row:
+      row |= {"reward_before": before["reward"], "reward_after": row["reward"]}
+  return rows
 
 
 def evenly(total: int, count: int) -> list[int]:
@@ -108,7 +131,9 @@ def score_text(key: str, value: float | None) -> str:
   """A score as people read it: shares in per cent, the loss with four digits."""
   if value is None or math.isnan(value):
     return "-"
-  return f"{100 * value:.1f} %" if key.endswith(("_r1", "_r5")) else f"{value:.4f}" if key.endswith("loss") else f"{value:.1f}"
+  if key.endswith(("_r1", "_r5")):
+    return f"{100 * value:.1f} %"
+  return f"{value:.4f}" if key.endswith("loss") else f"{value:.3f}" if key == "reward" else f"{value:.1f}"
 
 
 def best(key: str, stages: Sequence[Stage]) -> float | None:

@@ -6,11 +6,14 @@ read, a prompt without what it looks for) makes that score NaN, and NaN leaves e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+
+from deepgen_jax.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Item:
 
 class Reward(Protocol):
   """What a reward offers. Larger is better; scores must not depend on which other items are in the call, except that a
-  reward that compares may use the items of the same group.
+  reward that compares may use the items of the same group. A reward may count why scores are missing in a `failures` Counter.
   """
 
   name: str
@@ -36,3 +39,36 @@ class Reward(Protocol):
     item.
     """
     ...
+
+
+class Missing(Exception):
+  """Raised by a `PerItem` score to say why there is none."""
+
+
+class PerItem:
+  """A reward that judges each image by itself: `score(item) -> float`.
+
+  What `score` raises, and a number that isn't finite, makes the item's score missing; `failures` counts the reasons. UserError
+  is passed on.
+  """
+
+  def __init__(self, name: str, score: Callable[[Item], float]):
+    self.name, self._score, self.failures = name, score, Counter()
+
+  def __call__(self, items: Sequence[Item]) -> np.ndarray:
+    return np.array([self._one(item) for item in items], np.float64)
+
+  def _one(self, item: Item) -> float:
+    try:
+      score = float(self._score(item))
+      reason = "" if np.isfinite(score) else f"the score is {score}"
+    except UserError:
+      raise
+    except Missing as error:
+      reason = str(error)
+    except Exception as error:  # one image that a library chokes on must not end a run; the mixture bounds how many may
+      reason = f"{type(error).__name__}: {error}"
+    if not reason:
+      return score
+    self.failures[reason] += 1
+    return np.nan

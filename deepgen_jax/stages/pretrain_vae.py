@@ -43,6 +43,10 @@ class Drawn:
     """None: nothing here is read from files."""
     return []
 
+  def counts(self) -> dict:
+    """Nothing, for the same reason."""
+    return {}
+
 
 def augment(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
   """uint8 [64,64,3] -> the same, perhaps mirrored, moved by up to 4 pixels on white, with its colours exchanged."""

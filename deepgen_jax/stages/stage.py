@@ -4,11 +4,13 @@ judged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from deepgen_jax.stages.step import summarise
 
 
 @dataclass
@@ -24,17 +26,29 @@ class Stage:
   """init() -> the full parameter tree (arrays).
 
   loss(params, batch, keys) -> (per-sample loss [B], metrics): pure, differentiated by the trainable leaves.
-  batches: has `iterate(start)` -> iterator of host micro-batches with `.consumed`, and `bad_samples()`.
-  prepare(params, host_batch) -> list of batches (dicts of arrays with a leading sample axis); params are the current ones.
+  batches: has `iterate(start)` -> iterator of host micro-batches with `.consumed`, `bad_samples()` and `counts()`.
+  prepare(params, host_batch) -> batches, in order (dicts of arrays with a leading sample axis); params are the current ones.
   evaluate(params, step) -> Report on held-out data with fixed seeds.
   finish(params): called once after the last update.
+  summarise(metrics of an update's micro-batches, floats) -> metrics of the update.
+  scalars() -> what else the update that `prepare` just made ready has to report.
+  host_batches: micro-batches from `batches` that make an update; 0: one for each task of config.data.pattern.
+  images: that an update takes, for the speed; 0: host_batches x config.data.batch_size.
+  period: updates that belong together; checkpoints fall between periods.
+  old_decay: how the slower policy follows (`make_train_step`); None: there is none.
   dtype: the compute dtype; frozen kernels are stored in it, trained ones cast to it while they are sharded.
   """
 
   init: Callable[[], Any]
   loss: Callable
   batches: Any
-  prepare: Callable[[Any, dict], list[dict]]
+  prepare: Callable[[Any, dict], Iterable[dict]]
   evaluate: Callable[[Any, int], Report]
   finish: Callable[[Any], None] = lambda params: None
+  summarise: Callable[[list[dict]], dict] = summarise
+  scalars: Callable[[], dict] = dict
+  host_batches: int = 0
+  images: int = 0
+  period: int = 1
+  old_decay: tuple[float, float] | None = None
   dtype: Any = np.float32

@@ -5,13 +5,14 @@ A stage brings `loss(params, batch, keys) -> (per-sample loss [B], metrics)`; th
     train_step(state, frozen, batch, rng) -> (state, metrics)
 
 An update is `accumulate` micro-batches, each weighing the same: clip by global norm, AdamW, EMA; only then `step` rises. An
-update whose loss or gradient isn't finite changes no weight and is counted.
+update whose loss or gradient isn't finite changes no weight and is counted. A batch may say otherwise: "micro_batches" int [B],
+how many its update has, and "weight" float [B], a factor on the samples' losses whose mean over the update's samples is 1.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -41,6 +42,7 @@ class TrainState:
   loss: Array  # likewise
   opt_state: Any
   ema: Any  # None when not kept
+  old: Any  # a slower policy that a stage compares with; None when not kept
   skipped: Array  # updates skipped because they weren't finite
   skipped_in_row: Array
 
@@ -65,7 +67,7 @@ def make_optimizer(optim, steps: int) -> tuple[optax.GradientTransformation, Cal
   return optimizer, schedule
 
 
-def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool, old: bool = False) -> TrainState:
   """A fresh state around float32 trainable parameters."""
   zero = lambda: jnp.zeros((), jnp.int32)
   return TrainState(
@@ -76,9 +78,16 @@ def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool) ->
     loss=jnp.zeros(()),
     opt_state=optimizer.init(trainable),
     ema=jax.tree.map(jnp.copy, trainable) if ema else None,
+    old=jax.tree.map(jnp.copy, trainable) if old else None,
     skipped=zero(),
     skipped_in_row=zero(),
   )
+
+
+def full_params(state: TrainState, frozen) -> dict:
+  """What a stage's functions take: the parameters as they are, and under "old" those of the slower policy where it is kept."""
+  params = sharding.merge(state.params, frozen)
+  return params if state.old is None else params | {"old": sharding.merge(state.old, frozen)}
 
 
 def sample_keys(rng: Array, step: Array, sample_id: Array) -> Array:
@@ -96,13 +105,25 @@ def in_compute_dtype(params, dtype):
 
 
 def make_train_step(
-  loss: Callable, optimizer, schedule, *, accumulate: int, clip: float, ema_decay: float, dtype=np.float32
+  loss: Callable,
+  optimizer,
+  schedule,
+  *,
+  accumulate: int,
+  clip: float,
+  ema_decay: float,
+  old_decay: tuple = (0.0, 0.0),
+  dtype=np.float32,
 ) -> Callable:
-  """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B]."""
+  """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B].
 
-  def finish(state: TrainState) -> tuple[TrainState, dict]:
-    """Completes an update."""
-    grads = jax.tree.map(lambda g: g / accumulate, state.grads)
+  old_decay (rise, most): update s keeps min(rise s, most) of the slower policy, where the state has one. A batch with weights
+  reports the gradient norms of its share and of the update so far: an update of several terms is told apart by them.
+  """
+
+  def finish(state: TrainState, count) -> tuple[TrainState, Array]:
+    """Completes an update -> (state, norm of its gradient)."""
+    grads = jax.tree.map(lambda g: g / count, state.grads)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(state.loss)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads)
@@ -111,6 +132,9 @@ def make_train_step(
     ema = state.ema
     if ema is not None:
       ema = jax.tree.map(lambda e, p: e * ema_decay + p * (1 - ema_decay), ema, params)
+    old, kept = state.old, jnp.minimum(old_decay[0] * state.step, old_decay[1])
+    if old is not None:
+      old = jax.tree.map(lambda o, p: o * kept + p * (1 - kept), old, params)
     pick = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     done = TrainState(
       step=state.step + 1,
@@ -120,6 +144,7 @@ def make_train_step(
       loss=jnp.zeros_like(state.loss),
       opt_state=pick(opt_state, state.opt_state),
       ema=pick(ema, state.ema),
+      old=pick(old, state.old),
       skipped=state.skipped + ~good,
       skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1),
     )
@@ -127,18 +152,21 @@ def make_train_step(
 
   def train_step(state: TrainState, frozen, batch: dict, rng: Array) -> tuple[TrainState, dict]:
     keys = sample_keys(rng, state.step, batch["sample_id"])
+    count = batch["micro_batches"][0] if "micro_batches" in batch else accumulate
 
     def mean_loss(trainable):
-      losses, metrics = loss(sharding.merge(in_compute_dtype(trainable, dtype), frozen), batch, keys)
-      return losses.mean(), metrics
+      losses, metrics = loss(full_params(state.replace(params=in_compute_dtype(trainable, dtype)), frozen), batch, keys)
+      return (losses * batch.get("weight", 1.0)).mean(), metrics
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     state = state.replace(
-      micro=state.micro + 1, loss=state.loss + value / accumulate, grads=jax.tree.map(jnp.add, state.grads, grads)
+      micro=state.micro + 1, loss=state.loss + value / count, grads=jax.tree.map(jnp.add, state.grads, grads)
     )
     update_loss, lr = state.loss, schedule(state.step)
-    last = state.micro == accumulate
-    state, norm = jax.lax.cond(last, finish, lambda s: (s, jnp.zeros(())), state)
+    if "weight" in batch:
+      metrics |= {"grad_norm_share": optax.tree.norm(grads) / count, "grad_norm_so_far": optax.tree.norm(state.grads) / count}
+    last = state.micro == count
+    state, norm = jax.lax.cond(last, lambda s: finish(s, count), lambda s: (s, jnp.zeros(())), state)
     metrics = metrics | {
       "micro_loss": value,
       "loss": update_loss,
@@ -152,15 +180,35 @@ def make_train_step(
   return train_step
 
 
-def jit_step(config, loss: Callable, trainable, mesh, dtype) -> tuple[Callable, Any, Callable]:
+# Metrics of the train step that belong to the update: its last micro-batch has them. Others are means over micro-batches.
+OF_UPDATE = ("loss", "grad_norm", "lr", "skipped", "skipped_in_row")
+
+
+def summarise(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
+  """The metrics of an update from those of its micro-batches, in order: means over those that have one, and OF_UPDATE."""
+  names = dict.fromkeys(name for row in metrics for name in row)
+  means = {name: float(np.mean([row[name] for row in metrics if name in row])) for name in names}
+  return means | {name: metrics[-1][name] for name in OF_UPDATE}
+
+
+def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
   """What `train` runs and `estimate` compiles: -> (fresh(trainable) -> TrainState, its shardings, the jitted step).
 
-  trainable: float32 leaves, arrays or ShapeDtypeStructs.
+  stage: its loss, dtype, host_batches and old_decay take part. trainable: float32 leaves, arrays or ShapeDtypeStructs.
   """
-  optimizer, schedule = make_optimizer(config.optim, config.steps)
-  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0)
+  optim = config.optim
+  optimizer, schedule = make_optimizer(optim, config.steps)
+  fresh = lambda params: init_state(params, optimizer, optim.ema > 0, stage.old_decay is not None)
   shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
-  accumulate, optim = len(config.data.pattern), config.optim
-  step = make_train_step(loss, optimizer, schedule, accumulate=accumulate, clip=optim.clip, ema_decay=optim.ema, dtype=dtype)
+  step = make_train_step(
+    stage.loss,
+    optimizer,
+    schedule,
+    accumulate=stage.host_batches or len(config.data.pattern),
+    clip=optim.clip,
+    ema_decay=optim.ema,
+    old_decay=stage.old_decay or (0.0, 0.0),
+    dtype=stage.dtype,
+  )
   step = sharding.within(mesh, step)
   return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

@@ -11,7 +11,8 @@ import numpy as np
 
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, MicroBatches
-from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, ImageFolder, RenderedWords
+from deepgen_jax.data.mixture import is_embedded, open_sources
+from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, Filters
 from deepgen_jax.errors import UserError
 from deepgen_jax.heldout import HeldOut
 from deepgen_jax.models import lora
@@ -29,22 +30,12 @@ def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
   sizes, loaded, tokenizer = load_base(config)
   model = make_model(config, sizes)
-  spec = DataSpec(
-    pattern=tuple(config.data.pattern),
-    batch_size=config.data.batch_size,
-    image_size=sizes.image_size,
-    num_think_tokens=sizes.scb.num_think_tokens,
-    text_buckets=tuple(config.data.text_buckets),
-    caption_dropout=config.data.caption_dropout,
-    seed=config.seed,
-    max_bad_share=config.data.max_bad_share,
-  )
-  batches = MicroBatches(spec, make_sources(config.data), tokenizer, jax.process_index(), jax.process_count())
+  batches = micro_batches(config, sizes, tokenizer)
   encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
 
-  held_out = None  # a user's own folder has none
-  if config.eval.every and not config.data.folder:
+  held_out = None  # a user's own data has none
+  if config.eval.every and is_embedded(config.data.sources):
     held_out = HeldOut(model, tokenizer, make_held_out(config.data), config.eval.samples, mesh)
   pipe = None
 
@@ -107,6 +98,23 @@ def make_loss(config, model: DeepGen) -> Callable:
   return loss
 
 
+def micro_batches(config, sizes, tokenizer) -> MicroBatches:
+  """The training stream of the config's data block."""
+  spec = DataSpec(
+    pattern=tuple(config.data.pattern),
+    batch_size=config.data.batch_size,
+    image_size=sizes.image_size,
+    num_think_tokens=sizes.scb.num_think_tokens,
+    text_buckets=tuple(config.data.text_buckets),
+    caption_dropout=config.data.caption_dropout,
+    seed=config.seed,
+    max_bad_share=config.data.max_bad_share,
+    filters=Filters(**config.data.filters),
+  )
+  sources = open_sources(config.data.sources, config.data.dir)
+  return MicroBatches(spec, sources, tokenizer, jax.process_index(), jax.process_count())
+
+
 def load_base(config):
   """Sizes, parameters and tokenizer of `config.init`; the size must be the one that the config is for."""
   if not config.init:
@@ -117,15 +125,6 @@ def load_base(config):
   if (sizes.dit, tied(sizes.text)) != (wanted.dit, tied(wanted.text)):
     raise UserError(f"config.init {config.init!r} holds another size of model than config.size={config.size!r}")
   return sizes, params, tokenizer
-
-
-def make_sources(data) -> dict:
-  """task -> [(source, weight)] of the config's data block."""
-  if data.folder:
-    return {"generate": [(ImageFolder(data.folder), 1.0)]}
-  emoji = emoji_data.prepare(data.dir)
-  generate = [(EmojiGeneration(emoji), data.weights.emoji), (RenderedWords(), data.weights.words)]
-  return {"generate": generate, "edit": [(EmojiEdits(emoji), data.weights.edits)]}
 
 
 def make_held_out(data) -> dict:

@@ -90,7 +90,7 @@ def table(part: str, config: DeepGenConfig) -> Table:
   return dit_table(config.dit) if part == "dit" else vae_table(config.vae)
 
 
-def save(path, config: DeepGenConfig, leaves: Mapping[str, Mapping[str, Tensor]], tokenizer) -> None:
+def save(path, config: DeepGenConfig, leaves: Mapping[str, Mapping[str, Tensor]], tokenizer, save_tokenizer=True) -> None:
   """Writes the folder, one tensor after the other; `model_index.json` comes last, when the rest is complete.
 
   leaves: of every part that is to be written, our paths. The reference's own pipeline file (deepgen_pipeline.py), which
@@ -105,7 +105,8 @@ def save(path, config: DeepGenConfig, leaves: Mapping[str, Mapping[str, Tensor]]
     files.write_files(folder / name / file, to_state(table(part, config), tree))
   (folder / "scheduler").mkdir(exist_ok=True)
   hf_config.write_json(folder / "scheduler" / "scheduler_config.json", hf_config.scheduler_json(config.scheduler))
-  tokenizer.save_pretrained(folder / "tokenizer")
+  if save_tokenizer:  # else it is there already
+    tokenizer.save_pretrained(folder / "tokenizer")
   hf_config.write_json(folder / "prompt_template.json", _TEMPLATE)
   index = {
     "_class_name": ["deepgen_pipeline", "DeepGenPipeline"],

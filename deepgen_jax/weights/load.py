@@ -77,16 +77,21 @@ class Weights:
     return load_tokenizer(self.tokenizer_dir)
 
   def merged(self) -> Weights:
-    """Without LoRA: kernels hold their update. LoRA on one of two matrices that a tied VLM shares unties them."""
+    """Without LoRA: kernels hold their update."""
     if not self.factors:
       return self
-    config, leaves = self.config, {part: dict(tree) for part, tree in self.leaves.items()}
-    if config.text.tie_word_embeddings and _TIED & self.factors.keys():
-      config, leaves["vlm"] = _tie(config, False), _untied(leaves["vlm"])
+    apart = self.untied()
+    leaves = {part: dict(tree) for part, tree in apart.leaves.items()}
     for name, factors in self.factors.items():
       part, _, path = name.partition("/")
       leaves[part][path] = lora_format.merged(leaves[part][path], factors)
-    return replace(self, config=config, leaves=leaves, factors={})
+    return replace(apart, leaves=leaves, factors={})
+
+  def untied(self) -> Weights:
+    """With a head of its own, if LoRA is on one of the two matrices that a tied VLM shares: the update is of that one alone."""
+    if not self.config.text.tie_word_embeddings or not _TIED & self.factors.keys():
+      return self
+    return replace(self, config=_tie(self.config, False), leaves={**self.leaves, "vlm": _untied(self.leaves["vlm"])})
 
   def params(self, parts: Sequence[str] = PARTS, dtype=np.float32, mesh=None) -> dict:
     """Reads parameters, one after the other: {part: nested tree} with LoraKernel leaves where there is LoRA.

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from deepgen_jax.models.clip import CLIPConfig
 from deepgen_jax.models.config import DiTConfig, SCBConfig, TextConfig, VAEConfig, VisionConfig
 from deepgen_jax.models.dit import block_runs, position_table
 from deepgen_jax.weights.torch_format import CONV, LINEAR, SAME, Constant, Layout, Row, Table
@@ -52,6 +53,32 @@ def vision_table(config: VisionConfig, prefix: str = "model.visual.") -> Table:
   for name in ("gate", "up", "down"):
     rows += _linear(f"{ours}/{name}", f"{theirs}.mlp.{name}_proj", layers=layers)
   return Table(tuple(rows), ignored=_TRANSFORMERS_IGNORED)
+
+
+def clip_table(config: CLIPConfig) -> Table:
+  """transformers' CLIPModel; its scale of the logits has no part in a cosine."""
+  patch = Layout((2, 3, 1, 0), folded=(config.patch_size, config.patch_size, 3))
+  theirs = "vision_model.embeddings"
+  rows = [
+    Row("text/tokens", "text_model.embeddings.token_embedding.weight"),
+    Row("text/positions", "text_model.embeddings.position_embedding.weight"),
+    *_norm("text/norm", "text_model.final_layer_norm"),
+    *_linear("text/projection", "text_projection", bias=False),
+    Row("image/class_token", f"{theirs}.class_embedding"),
+    Row("image/positions", f"{theirs}.position_embedding.weight"),
+    Row("image/patch_embed/kernel", f"{theirs}.patch_embedding.weight", patch),
+    *_norm("image/norm_in", "vision_model.pre_layrnorm"),
+    *_norm("image/norm_out", "vision_model.post_layernorm"),
+    *_linear("image/projection", "visual_projection", bias=False),
+  ]
+  for ours, tower, size in (("text", "text_model", config.text), ("image", "vision_model", config.vision)):
+    ours, theirs, layers = f"{ours}/layers", tower + ".encoder.layers.{layer}", range(size.num_layers)
+    for name in ("q", "k", "v", "out"):
+      rows += _linear(f"{ours}/{name}", f"{theirs}.self_attn.{name}_proj", layers=layers)
+    for i in (1, 2):
+      rows += _norm(f"{ours}/norm{i}", f"{theirs}.layer_norm{i}", layers=layers)
+      rows += _linear(f"{ours}/fc{i}", f"{theirs}.mlp.fc{i}", layers=layers)
+  return Table(tuple(rows), ignored=("logit_scale", r".*\.position_ids"))
 
 
 def scb_table(config: SCBConfig, prefix: str = "") -> Table:

@@ -1,3 +1,7 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,3 +68,100 @@ def test_reference_sizes_are_never_resized():
   assert images.reference_sizes([np.zeros((64, 96, 3), np.uint8)]) == [(64, 96)]
   with pytest.raises(ValueError, match="multiples of 32"):
     images.reference_sizes([np.zeros((64, 65, 3), np.uint8)])
+
+
+def encode(image, **options):
+  data = io.BytesIO()
+  image.save(data, **options)
+  return data.getvalue()
+
+
+def png_of_16_bits(pixels, colour):
+  """A PNG by hand, since PIL writes no 16-bit colour: pixels uint16 [H,W,C]; colour 0 grey, 2 RGB, 4 grey with alpha."""
+  chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+  height, width = pixels.shape[:2]
+  rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+  head = struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0)
+  return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_16_bits_are_scaled():
+  grey = np.array([[[0], [257], [25700], [65535]]], np.uint16)
+  np.testing.assert_array_equal(images.decode_image(png_of_16_bits(grey, 0), "it")[0, :, 0], [0, 1, 100, 255])
+  rgb = np.array([[[0, 25700, 65535]]], np.uint16)
+  np.testing.assert_array_equal(images.decode_image(png_of_16_bits(rgb, 2), "it")[0, 0], [0, 100, 255])
+  alpha = np.array([[[25700, 65535], [25700, 0]]], np.uint16)
+  np.testing.assert_array_equal(images.decode_image(png_of_16_bits(alpha, 4), "it")[0, :, 0], [100, 255])
+
+
+def test_transparency_of_palettes_and_grey_is_put_on_white():
+  palette = Image.new("P", (2, 1))
+  palette.putpalette([0, 0, 255, 255, 0, 0])
+  palette.putpixel((1, 0), 1)
+  read = images.decode_image(encode(palette, format="PNG", transparency=0), "it")
+  np.testing.assert_array_equal(read[0], [[255, 255, 255], [255, 0, 0]])
+  grey = Image.new("LA", (2, 1), (100, 255))
+  grey.putpixel((1, 0), (100, 0))
+  np.testing.assert_array_equal(images.decode_image(encode(grey, format="PNG"), "it")[0], [[100] * 3, [255] * 3])
+
+
+def test_cmyk_becomes_rgb():
+  cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+  np.testing.assert_allclose(images.decode_image(encode(cyan, format="JPEG"), "it")[8, 8], [0, 255, 255], atol=3)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_animations_give_their_first_frame(kind):
+  frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+  options = {"lossless": True} if kind == "WEBP" else {}
+  data = encode(frames[0], format=kind, save_all=True, append_images=frames[1:], duration=50, **options)
+  with Image.open(io.BytesIO(data)) as written:
+    assert written.n_frames == 2
+  np.testing.assert_array_equal(images.decode_image(data, "it"), np.broadcast_to([255, 0, 0], (8, 8, 3)))
+
+
+def test_orientation_of_a_jpeg():
+  picture = Image.new("RGB", (32, 16), "white")
+  picture.paste("black", (0, 0, 16, 16))
+  exif = picture.getexif()
+  exif[0x0112] = 6
+  read = images.decode_image(encode(picture, format="JPEG", exif=exif), "it")
+  assert read.shape == (32, 16, 3) and read[4, 8].max() < 30 and read[28, 8].min() > 225  # the left is now on top
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_truncated_files_are_errors(kind):
+  noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+  data = encode(noise, format=kind)
+  with pytest.raises(UserError, match="cannot read image some file"):
+    images.decode_image(data[: len(data) // 2], "some file")
+
+
+def test_floating_point_pixels_are_refused():
+  with pytest.raises(UserError, match="floating-point"):
+    images.decode_image(encode(Image.new("F", (2, 2), 0.5), format="TIFF"), "it")
+
+
+@pytest.mark.parametrize("size, count", [(512, 89), (1024, 181)])
+def test_the_number_of_sizes_is_bounded(size, count):
+  ratios = np.exp(np.linspace(0, np.log(10), 4001))
+  wide = {images.fixed_size(1, ratio, size) for ratio in ratios}
+  assert len(wide | {(width, height) for height, width in wide}) == count
+
+
+def blank(height, width):
+  return np.zeros((height, width, 3), np.uint8)
+
+
+def test_an_edit_and_its_source_have_one_size():
+  assert images.fixed_size(1023, 1024, 512) == (512, 544)  # sized one by one, a pixel would make a difference
+  for target, source in [((512, 512), (1023, 1024)), ((1023, 1024), (512, 512))]:
+    fixed, (reference,) = images.fix_edit(blank(*target), [blank(*source)], 512)
+    assert fixed.shape == reference.shape == (*images.fixed_size(*target, 512), 3)
+
+
+def test_other_references_keep_their_own_size():
+  fixed, references = images.fix_edit(blank(64, 64), [blank(64, 66)] * 2, 512)
+  assert fixed.shape == (512, 512, 3) and [r.shape for r in references] == [(512, 544, 3)] * 2
+  fixed, (reference,) = images.fix_edit(blank(64, 64), [blank(64, 128)], 512)
+  assert (fixed.shape, reference.shape) == ((512, 512, 3), (*images.fixed_size(64, 128, 512), 3))

@@ -1,8 +1,10 @@
+import threading
 from collections import Counter
 
 import numpy as np
 import pytest
 
+from deepgen_jax.data import loader as loader_module
 from deepgen_jax.data.loader import DataSpec, MicroBatches, host_batch
 from deepgen_jax.data.sources import Sample
 from deepgen_jax.errors import UserError
@@ -161,3 +163,27 @@ def test_host_batch_draws_nothing(tokenizer):
   batch = host_batch(samples, range(30), SPEC, tokenizer)
   assert batch["texts"] == [f"numbers {i} a" for i in range(30)]
   np.testing.assert_array_equal(batch["sample_id"], np.arange(30))
+
+
+def test_reading_and_tokenizing_happen_in_the_workers(tokenizer, monkeypatch):
+  threads = set()
+  tokenize = loader_module.prompts.tokenize
+  monkeypatch.setattr(
+    loader_module.prompts, "tokenize", lambda *args, **kw: threads.add(threading.get_ident()) or tokenize(*args, **kw)
+  )
+  batches = make(tokenizer).iterate()
+  for _ in range(5):
+    next(batches)
+  batches.close()
+  assert threads and threading.get_ident() not in threads
+
+
+def test_a_sample_of_another_task_is_broken(tokenizer):
+  class Mixed(Numbers):
+    def __getitem__(self, index):
+      return Numbers("edit")[index] if index % 10 == 0 else super().__getitem__(index)
+
+  loader = make(tokenizer, change(max_bad_share=0.5), generate=[(Mixed(), 1.0)])
+  for m in range(20):
+    loader.batch(m)
+  assert {b.index for b in loader.bad_samples()} == {0, 10, 20, 30, 40}

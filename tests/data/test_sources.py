@@ -33,7 +33,7 @@ def test_a_folder_of_images(folder):
   source = sources.ImageFolder(folder)
   assert len(source) == 4
   assert source[1].texts == ("a red b",) and source[1].target.shape == (30, 40, 3)
-  with pytest.raises(UserError, match="no such image folder"):
+  with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
     sources.ImageFolder(folder / "nowhere")
   (folder / "empty").mkdir()
   with pytest.raises(UserError, match="no images in"):
@@ -57,16 +57,48 @@ def test_broken_samples_are_replaced_by_the_next_and_listed(folder):
 def test_a_source_without_a_good_sample(folder):
   for name in "abcd":
     (folder / f"{name}.txt").unlink()
-  with pytest.raises(UserError, match=r"every sample .* is broken; the first: .*c\.png"):
+  with pytest.raises(UserError, match=r"4 samples in a row .* can't be used; the first: .*c\.png"):
     sources.Guarded(sources.ImageFolder(folder), max_bad_share=1.0)[2]
 
 
-def test_narrow_images_and_blank_texts_are_broken():
-  image = np.zeros((32, 32, 3), np.uint8)
-  sources.check(sources.Sample("generate", ("x",), image))
-  with pytest.raises(UserError, match="too narrow"):
-    sources.check(sources.Sample("generate", ("x",), np.zeros((8, 81, 3), np.uint8)))
-  with pytest.raises(UserError, match="empty"):
-    sources.check(sources.Sample("generate", ("",), image))
-  with pytest.raises(UserError, match="0 reference"):
-    sources.check(sources.Sample("edit", ("x",), image))
+def test_what_cannot_be_used_is_broken_or_filtered():
+  blank = lambda height, width: np.zeros((height, width, 3), np.uint8)
+  filters = sources.Filters(min_side=32, max_text=10)
+  check = lambda task, text, *images: sources.check(sources.Sample(task, (text,), images[0], images[1:]), filters)
+  check("generate", "x" * 10, blank(32, 320))
+  for filtered, text, image in [
+    ("min_side", "x", blank(31, 40)),
+    ("max_aspect", "x", blank(32, 321)),
+    ("max_text", "x" * 11, blank(32, 32)),
+  ]:
+    with pytest.raises(sources.Filtered) as error:
+      check("generate", text, image)
+    assert error.value.filter == filtered
+    if filtered != "max_text":
+      with pytest.raises(sources.Filtered):
+        check("edit", text, blank(32, 32), image)  # references too
+  for message, task, text in [("empty", "generate", " "), ("0 reference", "edit", "x")]:
+    with pytest.raises(UserError, match=message) as error:
+      check(task, text, blank(32, 32))
+    assert not isinstance(error.value, sources.Filtered)
+
+
+def test_filtered_samples_are_counted_by_filter_and_do_not_stop_the_run(folder):
+  Image.new("RGB", (20, 30)).save(folder / "a.png")
+  Image.new("RGB", (300, 29)).save(folder / "b.png")
+  (folder / "c.txt").write_text("x" * 9000)
+  source = sources.Guarded(sources.ImageFolder(folder), 0.0, sources.Filters(min_side=25))
+  for _ in range(200):
+    assert source[0].texts == source[3].texts == ("a red d",)
+  source[1], source[2]
+  assert source.counts() == {"drawn": 402, "broken": 0, "filtered": {"max_aspect": 1, "max_text": 1, "min_side": 200}}
+  assert [(b.index, b.filter) for b in source.bad_samples()] == [(0, "min_side"), (1, "max_aspect"), (2, "max_text")]
+
+
+def test_the_list_of_bad_samples_is_bounded(folder, monkeypatch):
+  monkeypatch.setattr(sources, "LISTED", 2)
+  for name in "abc":
+    (folder / f"{name}.txt").unlink()
+  source = sources.Guarded(sources.ImageFolder(folder), 1.0)
+  assert source[0].texts == ("a red d",)
+  assert [b.index for b in source.bad_samples()] == [0, 1]

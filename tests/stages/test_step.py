@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from deepgen_jax import sharding
 from deepgen_jax.errors import UserError
-from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step, sample_keys
+from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step, sample_keys, summarise
 
 OPTIM = ConfigDict(
   {"lr": 0.1, "lr_groups": [], "warmup": 0.0, "schedule": "constant", "betas": (0.9, 0.95), "weight_decay": 0.05, "clip": 1.0}
@@ -70,6 +70,40 @@ def test_updates_equal_optax_on_the_mean_of_their_micro_batches(setup):
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params["fc1"], params)
   assert int(state.step) == 3 and int(state.micro) == 0
+
+
+def test_a_batch_may_weigh_its_samples_and_say_how_many_its_update_has(setup):
+  """Three micro-batches where the step expects two: the gradient is that of the weighted mean, and each share has its norm."""
+  step, fresh, frozen = setup
+  factors, batches = [0.6, 1.5, 0.9], [make_batch(10 + i) for i in range(3)]
+  told = [b | {"weight": np.full(4, f, np.float32), "micro_batches": np.full(4, 3)} for b, f in zip(batches, factors)]
+  first, metrics = run(step, fresh(), frozen, told[:1])
+  part = lambda fc1, i: factors[i] * linear_loss({"fc1": fc1, "gain": frozen["gain"]}, batches[i], None)[0].mean() / 3
+  norm = lambda f: optax.tree.norm(jax.grad(f)(make_params()["fc1"]))
+  np.testing.assert_allclose(metrics["grad_norm_share"], norm(lambda fc1: part(fc1, 0)), rtol=1e-5)
+  state, metrics = run(step, first, frozen, told[1:2])
+  assert int(state.step) == 0
+  np.testing.assert_allclose(metrics["grad_norm_share"], norm(lambda fc1: part(fc1, 1)), rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm_so_far"], norm(lambda fc1: part(fc1, 0) + part(fc1, 1)), rtol=1e-5)
+  state, metrics = run(step, state, frozen, told[2:])
+  whole = lambda fc1: sum(part(fc1, i) for i in range(3))
+  assert int(state.step) == 1
+  np.testing.assert_allclose(metrics["loss"], whole(make_params()["fc1"]), rtol=1e-5)
+  np.testing.assert_allclose(metrics["grad_norm"], norm(whole), rtol=1e-5)
+
+
+def test_metrics_of_an_update_are_means_and_its_own():
+  rows = [{"a": 1.0, "loss": 5.0, "lr": 0.1}, {"a": 3.0, "b": 7.0, "loss": 6.0, "lr": 0.2}]
+  rows = [row | {"grad_norm": 0.0, "skipped": 0.0, "skipped_in_row": 0.0} for row in rows]
+  assert summarise(rows) == {
+    "a": 2.0,
+    "b": 7.0,
+    "loss": 6.0,
+    "lr": 0.2,
+    "grad_norm": 0.0,
+    "skipped": 0.0,
+    "skipped_in_row": 0.0,
+  }
 
 
 def test_nothing_changes_before_the_update_is_complete(setup):

@@ -137,6 +137,8 @@ def test_in_and_out_again_is_bit_equal(reference, tmp_path, dtype):
   assert scheduler.config.shift == 3.0 and torch.equal(scheduler.sigmas, reference.scheduler.sigmas)
   connector = files.open_file(tmp_path / "out" / "connector" / "model.safetensors")
   assert connector.keys() == reference.connector.state_dict().keys()
+  for file in (tmp_path / "in" / "tokenizer").iterdir():
+    assert (tmp_path / "out" / "tokenizer" / file.name).read_bytes() == file.read_bytes()
   text = "<|im_start|>user\nGenerate an image: a cat<|im_end|>"
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "tokenizer")
   assert tokenizer(text)["input_ids"] == reference.tokenizer(text)["input_ids"]
@@ -277,6 +279,10 @@ def test_after_lora_the_conditioning_is_the_references(folders, checkpoint, refe
   oracle.assert_close(ours.pooled[0], pooled)
   oracle.assert_close(np.asarray(ours.context)[0, np.asarray(ours.mask)[0]], context)
   assert oracle.relative_error(reference.condition(text, images)[1], context) > 0.05
+  noise = np.random.default_rng(0).normal(size=(1, 4, 8, 16)).astype(np.float32)
+  out = pipe(text, image=[images], height=32, width=64, num_inference_steps=6, latents=noise, output_type="np").images[0]
+  latents = merged.sample(torch.tensor(noise[0]), (pooled, context), merged.condition("", images), [merged.encode(images[0])])
+  oracle.assert_close(out, ((merged.decode(latents) + 1) / 2).clip(0, 1), 1e-3)
   pipe.save_pretrained(tmp_path / "out", format="diffusers")
   close(vlm_state(tmp_path / "out" / "vlm"), adapted[1].state_dict())
 

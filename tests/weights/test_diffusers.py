@@ -159,24 +159,27 @@ def test_other_schedules(reference, pipe, folder, tmp_path, dynamic):
   assert oracle.relative_error(usual, expected) > 0.01
 
 
-def test_edit(reference, pipe):
-  """Two references; the output's area makes the first 64x64 and leaves the second as it is."""
-  noise = draw(1, 4, 8, 16)
-  out = pipe(
-    "make it green",
-    image=[WIDE, Image.fromarray(LOW)],
-    negative_prompt=NEGATIVE,
-    height=32,
-    width=64,
-    num_inference_steps=STEPS,
-    latents=noise,
-    output_type="latent",
+@pytest.mark.parametrize("second", [False, True], ids=["one reference", "two references"])
+def test_edit(reference, pipe, second):
+  """The output's area makes the first reference 64x64 and leaves the second as it is."""
+  noise, given = draw(1, 4, 8, 16), [WIDE, Image.fromarray(LOW)][: 1 + second]
+  run = lambda kind: (
+    pipe(
+      "make it green",
+      image=given,
+      negative_prompt=NEGATIVE,
+      height=32,
+      width=64,
+      num_inference_steps=STEPS,
+      latents=noise,
+      output_type=kind,
+    ).images
   )
-  images = [np.array(Image.fromarray(WIDE).resize((64, 64), Image.Resampling.BICUBIC)), LOW]
+  images = [np.array(Image.fromarray(WIDE).resize((64, 64), Image.Resampling.BICUBIC)), LOW][: 1 + second]
   positive, negative = (reference.condition(text, images) for text in ("make it green", NEGATIVE))
   expected = reference.sample(torch.tensor(noise[0]), positive, negative, [reference.encode(x) for x in images], STEPS)
-  oracle.assert_close(out.images[0], expected, SAMPLES)
-  oracle.assert_close(pipe.decode_latents(out.images)[0], reference.decode(expected), SAMPLES)
+  oracle.assert_close(run("latent")[0], expected, SAMPLES)
+  oracle.assert_close(run("np")[0], ((reference.decode(expected) + 1) / 2).clip(0, 1), SAMPLES)
 
 
 def test_bfloat16_weights_load(reference, parameters, tmp_path):
