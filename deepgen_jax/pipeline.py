@@ -60,11 +60,11 @@ class DeepGenPipeline:
     self.model = DeepGen(config, _dtype(dtype), unroll, attention=attention)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = jax.device_put(merged, sharding.param_shardings(merged, self.mesh))
-    self._condition = jax.jit(sharding.within(self.mesh, self.model.condition))
+    self._condition = jax.jit(sharding.on_mesh(self.mesh, self.model.condition))
     self._features = jax.jit(self.model.vision_features)
     self._moments = jax.jit(self.model.encode_moments)
     self._decode = jax.jit(self.model.decode)
-    self._velocity = jax.jit(sharding.within(self.mesh, self._velocity_program))
+    self._velocity = jax.jit(sharding.on_mesh(self.mesh, self._velocity_program))
     self._sample = jit_sampler(self.model, self.mesh)
 
   @classmethod
@@ -254,7 +254,7 @@ class DeepGenPipeline:
 
 def jit_sampler(model: DeepGen, mesh) -> Callable:
   """The jitted `sample_images` of a model."""
-  return jax.jit(sharding.within(mesh, partial(sample_images, model)), static_argnames=("size", "guided"))
+  return jax.jit(sharding.on_mesh(mesh, partial(sample_images, model)), static_argnames=("size", "guided"))
 
 
 def sample_images(model: DeepGen, params, noise, cond, target, references, sigmas, guidance, *, size, guided: bool):

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax import checkpoint, sharding, stages
-from deepgen_jax.cli import keep_compiled_programs, parse
+from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.log import Log, Profiler
@@ -169,16 +169,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and samples go here; local or gs://"
   )
   parser.add_argument("--config.KEY", metavar="VALUE", help="overrides a key of the config, e.g. --config.optim.lr=1e-4")
-  overrides, rest, expects_value = [], [], False
-  for word in argv:
-    if expects_value:
-      overrides[-1] += f"={word}"
-      expects_value = False
-    elif word.startswith("--config."):
-      overrides.append(word.removeprefix("--config."))
-      expects_value = "=" not in word
-    else:
-      rest.append(word)
+  rest, overrides = split_overrides(argv)
   return parse(parser, rest), overrides
 
 

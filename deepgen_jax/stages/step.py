@@ -159,6 +159,7 @@ def make_train_step(
       return (losses * batch.get("weight", 1.0)).mean(), metrics
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    grads = sharding.keep_sharded(grads)
     state = state.replace(
       micro=state.micro + 1, loss=state.loss + value / count, grads=jax.tree.map(jnp.add, state.grads, grads)
     )
@@ -210,5 +211,5 @@ def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
     old_decay=stage.old_decay or (0.0, 0.0),
     dtype=stage.dtype,
   )
-  step = sharding.within(mesh, step)
+  step = sharding.on_mesh(mesh, step)
   return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
