@@ -45,14 +45,14 @@ from deepgen_jax.stages.encode import ImageEncoder
 GIB = 2**30
 GAPS = """\
 how step_s is modelled, and what it leaves out:
-- each operation takes its roofline time (the compiler's optimal_seconds), weighted by how often loops run through the compiler's
-  cycle estimates; step_s_slow takes the cycle estimates themselves, which are higher for what memory bounds. Nothing was run.
+- each operation takes its roofline time (the compiler's optimal_seconds), weighted by how often loops run through the
+  compiler's cycle estimates; step_s_slow takes those estimates themselves, higher for what memory bounds. Nothing ran.
 - attention kernels (Pallas) have no estimate: their FLOPs, the whole score matrix and what the backward pass repeats, at
   {attention:.0%} of peak, an assumption.
 - collectives cost their bytes over one axis of the torus; those that start early are hidden behind what runs meanwhile.
 - on v5e and v6e an operation that the model can't cost counts as -1 s, which is added back.
-- prompts have {prompt_tokens} tokens besides vision tokens, an edit one reference, images are {side}x{side}. A run on several hosts
-  may pad prompts further. Reading data, host transfers, checkpoints and evaluation are assumed to be hidden.
+- prompts have {prompt_tokens} tokens besides vision tokens, an edit one reference, images are {side}x{side}. A run on
+  several hosts may pad prompts further. Reading data, host transfers, checkpoints and evaluation are assumed to be hidden.
 - the sampler leaves out the encoding of prompts."""
 
 

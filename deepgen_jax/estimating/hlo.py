@@ -8,6 +8,7 @@ stands in the loop's condition; of a conditional's branches one runs. Pallas ker
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -16,7 +17,6 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z\d]*)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?")
-_CALLED = re.compile(r"(?:calls|to_apply|called_computations=\{|body)=?%?([\w.\-]+)")
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Instruction:
 
   def attribute(self, name: str) -> str:
     """A called computation's name, as in `body=%name`."""
-    return re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)[1]
+    return re.search(rf"\b(?:{name})=%?([\w.\-]+)", self.rest)[1]
 
 
 @dataclass
@@ -83,7 +83,7 @@ def trip_count(condition: list[Instruction], computations: dict[str, list[Instru
   """How often a loop runs: the constant that its condition compares the counter with."""
   found = []
   for one in condition:
-    if one.opcode == "constant" and one.shape.startswith("s32[]"):
+    if one.opcode == "constant" and one.shape.startswith(("s32[]", "u32[]")):
       found.append(int(one.rest.split(")")[0]))
     elif one.opcode in ("fusion", "call"):
       found += filter(None, [trip_count(computations[one.attribute("calls|to_apply")], computations)])
@@ -152,9 +152,7 @@ def _visit_branches(computations, one: Instruction, runs: float, cost: Cost, spe
 
 def _moved_bytes(kind: str, one: Instruction) -> float:
   """Bytes that a device takes in: the larger side of the collective (of a start's tuple), twice for an all-reduce."""
-  group = re.search(r"replica_groups=\{\{([\d,]*)\}", one.rest)
-  iota = re.search(r"replica_groups=\[\d+,(\d+)\]", one.rest)
-  size = len(group[1].split(",")) if group else int(iota[1]) if iota else 1
+  size = _group_size(one.rest)
   parts = [shape_bytes(part[0]) for part in re.finditer(r"\w+\[[\d,]*\]", one.shape)]
   whole = max(parts, default=0) if one.opcode.endswith("-start") else sum(parts)
   if kind == "reduce-scatter" and not one.opcode.endswith("-start"):
@@ -162,6 +160,18 @@ def _moved_bytes(kind: str, one: Instruction) -> float:
   if kind == "collective-permute":
     return whole
   return whole * (size - 1) / max(size, 1) * (2 if kind == "all-reduce" else 1)
+
+
+def _group_size(text: str) -> int:
+  """Devices that take part in one group of a collective, in each of the ways that HLO writes them."""
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+    return len(found[1].split(","))
+  if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+    return int(found[1])
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+    sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
+  return 1
 
 
 def _op_name(one: Instruction) -> str:

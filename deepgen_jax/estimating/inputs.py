@@ -83,7 +83,7 @@ class _Blank:
 
 
 def sampler_inputs(model: DeepGen, mesh, batch: int, prompt_tokens: int, steps: int) -> tuple[tuple, dict]:
-  """Arguments of `pipeline.jit_sampler` for `batch` generated images of the model's size with guidance: (positional, keywords)."""
+  """Arguments of `pipeline.jit_sampler` for `batch` images of the model's size with guidance: (positional, keywords)."""
   c = model.config
   side = c.image_size // c.vae.factor
   tokens = (side // c.dit.patch_size) ** 2
