@@ -7,17 +7,22 @@ import jax
 import pytest
 
 from deepgen_jax import estimate
+from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError
-from deepgen_jax.estimating.chips import CHIPS
+from deepgen_jax.estimating.inputs import train_batch
+from deepgen_jax.estimating.program import OutOfMemory
 from deepgen_jax.models.config import SIZES
-from tests.small import CONFIG
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.stages import supervised
+from deepgen_jax.stages.encode import ImageEncoder, encode_batch
+from tests.small import CONFIG, draw_params
 
 COMMAND = ["--config", "configs/sft.py:tiny", "--topology", "v5p:2x2x1", "--json"]
 SMALL = [
   "--config.unroll=False",
   "--config.attention=xla",  # heads of 8 channels are too narrow for the kernel
   "--config.data.batch_size=4",
-  "--config.data.pattern=('edit','generate')",
+  "--config.data.pattern=('generate','generate')",
   "--config.mesh.data=1",
   "--config.mesh.fsdp=4",
   "--config.lora.targets=['vlm/text/segments_[0-1]/(q|k|v|out|gate|up|down)/kernel']",
@@ -46,12 +51,26 @@ def test_a_small_model_is_estimated(monkeypatch, capsys):
 
 
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
-  """A chip whose memory is too small for the parameters: the report is printed all the same."""
-  small = CHIPS["v5p"].__class__(**{**CHIPS["v5p"].__dict__, "hbm": 2**20})
-  monkeypatch.setitem(CHIPS, "v5p", small)
-  monkeypatch.setattr(estimate, "sampler", lambda *args: None)
-  with pytest.raises(UserError, match=r"peak .* GiB of 0.0: try --config.remat=dots or .*larger topology"):
+  """The compiler refuses; the report is printed all the same, with what it asked for on top of what is resident."""
+
+  def refuse(lowered, chip):
+    raise OutOfMemory(109 * 2**30, whole=False)
+
+  monkeypatch.setattr(estimate, "compile_program", refuse)
+  with pytest.raises(UserError, match=r"peak 109.0 GiB of 95.7: try --config.remat=dots or --config.data.batch_size=2"):
     run(monkeypatch, capsys)
+
+
+def test_the_batch_is_what_training_makes(emoji_dir, tokenizer):
+  """Shapes and types of the representative micro-batches equal those that the stage prepares from real samples."""
+  config = load_config("configs/sft.py:tiny", ["data.batch_size=2", f"data.dir={emoji_dir}"])
+  model = DeepGen(CONFIG)
+  batches, encoder = supervised.micro_batches(config, CONFIG, tokenizer), ImageEncoder(model, batch=2)
+  for m, task in enumerate(config.data.pattern[:2]):
+    real = encode_batch(model, draw_params(), encoder, batches.batch(m), config.data.token_multiple, model.scale)
+    ours = train_batch(config, model, task, 30, 2)
+    shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+    assert shapes(ours) == shapes(real)
 
 
 @pytest.mark.parametrize(
