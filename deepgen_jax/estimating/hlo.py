@@ -56,11 +56,11 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """Text of a compiled module -> (computation name -> instructions in their order, the entry's name)."""
   computations: dict[str, list[Instruction]] = {}
   entry, body = "", None
-  for line in text.splitlines():
+  for line in re.sub(r'\n(?="|\}\})', " ", text).splitlines():  # kernels' metadata is written over several lines
     if head := _COMPUTATION.match(line):
       body = computations[head[2]] = []
       entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
+    elif line == "}":
       body = None
     elif body is not None and (found := _INSTRUCTION.match(line)):
       body.append(Instruction(*found.groups()))
@@ -124,7 +124,7 @@ def _visit(computations, name: str, runs: float, cost: Cost, speed: float, first
       moved, since = started.pop(operand[1])
       cost.exposed += runs * max(0.0, moved - (clock - since) * speed)
     elif one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest:
-      cost.kernels.append((runs, _op_name(one), _operand_shapes(computations[name], one)))
+      cost.kernels.append((runs, one.name, _operand_shapes(computations[name], one)))
     cycles = one.cycles
     clock += cycles
     cost.cycles += runs * cycles
@@ -172,11 +172,6 @@ def _group_size(text: str) -> int:
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
   return 1
-
-
-def _op_name(one: Instruction) -> str:
-  found = re.search(r'op_name="([^"]*)"', one.rest)
-  return found[1] if found else one.name
 
 
 def _operand_shapes(body: list[Instruction], one: Instruction) -> list[tuple[int, ...]]:

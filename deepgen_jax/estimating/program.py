@@ -72,12 +72,11 @@ def compile_program(lowered, chip: Chip) -> Program:
 
 
 def kernel_flops(name: str, shapes: list[tuple[int, ...]]) -> float:
-  """FLOPs of one run of an attention kernel, by its name and its operands' shapes: q [..., H,T,D], then k [..., K,S,D].
+  """FLOPs of one run of an attention kernel, by its name and its operands' shapes: q [B,H,T,D], then k [B,K,S,D].
 
   The whole score matrix counts, and what the backward kernels compute again.
   """
-  large = [shape for shape in shapes if len(shape) >= 3 and shape[-1] > 1]
-  arrays = [shape for shape in large if math.prod(shape) > 1][:2]
+  arrays = [shape for shape in shapes if len(shape) >= 4][:2]
   if len(arrays) < 2:
     return 0.0
   (*heads, rows, size), (*_, columns, _) = arrays
