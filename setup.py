@@ -44,6 +44,7 @@ setup(
       "pytest>=8.0",
       "pytest-xdist>=3.6",
       "ruff>=0.14",
+      "jax[tpu]",  # libtpu, the compiler of the estimate; needs no TPU
       f"torch==2.13.0; {TORCH}",
       f"diffusers>=0.36; {TORCH}",
       f"peft>=0.18; {TORCH}",

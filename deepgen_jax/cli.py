@@ -22,6 +22,21 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
   return arguments
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """-> (the other words, config overrides KEY=VALUE without their "--config." prefix)."""
+  overrides, rest, expects_value = [], [], False
+  for word in argv:
+    if expects_value:
+      overrides[-1] += f"={word}"
+      expects_value = False
+    elif word.startswith("--config."):
+      overrides.append(word.removeprefix("--config."))
+      expects_value = "=" not in word
+    else:
+      rest.append(word)
+  return rest, overrides
+
+
 def keep_compiled_programs() -> None:
   """Switches a persistent cache on: in JAX_COMPILATION_CACHE_DIR (empty: none), else in the user's cache folder."""
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:

@@ -11,8 +11,9 @@ sample doesn't depend on what else is in the call. All steps, guidance and the d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,15 +55,17 @@ class DeepGenPipeline:
       raise UserError(f"the model lacks {', '.join(missing)}{why}")
     on_cpu = jax.default_backend() == "cpu"
     self.config, self.tokenizer, self.mesh = config, tokenizer, mesh or _one_device()
-    self.model = DeepGen(config, _dtype(dtype), unroll=on_cpu and config.text.num_layers <= UNROLLED_LAYERS)
+    attention = "splash" if jax.default_backend() == "tpu" else "xla"
+    unroll = on_cpu and config.text.num_layers <= UNROLLED_LAYERS
+    self.model = DeepGen(config, _dtype(dtype), unroll, attention=attention)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = jax.device_put(merged, sharding.param_shardings(merged, self.mesh))
-    self._condition = jax.jit(self.model.condition)
+    self._condition = jax.jit(sharding.on_mesh(self.mesh, self.model.condition))
     self._features = jax.jit(self.model.vision_features)
     self._moments = jax.jit(self.model.encode_moments)
     self._decode = jax.jit(self.model.decode)
-    self._velocity = jax.jit(self._velocity_program)
-    self._sample = jax.jit(self._sample_program, static_argnames=("size", "guided"))
+    self._velocity = jax.jit(sharding.on_mesh(self.mesh, self._velocity_program))
+    self._sample = jit_sampler(self.model, self.mesh)
 
   @classmethod
   def from_pretrained(cls, path, dtype=None, mesh=None, base=None, weights: str = "ema") -> DeepGenPipeline:
@@ -198,18 +201,6 @@ class DeepGenPipeline:
     sigmas = inference_sigmas(self.config.scheduler, steps, target["mask"].shape[1])
     return self._sample(self.params, *self._deal(inputs), sigmas, np.float32(guidance), size=(height, width), guided=guided)
 
-  def _sample_program(self, params, noise, cond, target, references, sigmas, guidance, *, size, guided):
-    """All steps and the decoding; with guidance, conditioning holds each sample's negative and positive branch in turn."""
-    prepared = self.model.prepare(params, cond, target, references)
-
-    def velocity(x, timestep):
-      x = jnp.repeat(x, 2, axis=0) if guided else x
-      v = self.model.velocity(params, x, jnp.full((len(x),), timestep), prepared)
-      return guide(v[1::2], v[::2], guidance) if guided else v
-
-    latents = unpatchify(euler_sample(velocity, noise, sigmas), *size, self.config.dit.patch_size)
-    return self.model.decode(params, latents), latents
-
   def _velocity_program(self, params, tokens, timestep, cond, target, references):
     return self.model.velocity(params, tokens, timestep, self.model.prepare(params, cond, target, references))
 
@@ -259,6 +250,28 @@ class DeepGenPipeline:
     if height % unit or width % unit or not 0 < min(height, width) <= max(height, width) <= limit:
       raise UserError(f"size {height}x{width}: both sides must be multiples of {unit}, from {unit} to {limit}")
     return math.sqrt(height * width)
+
+
+def jit_sampler(model: DeepGen, mesh) -> Callable:
+  """The jitted `sample_images` of a model."""
+  return jax.jit(sharding.on_mesh(mesh, partial(sample_images, model)), static_argnames=("size", "guided"))
+
+
+def sample_images(model: DeepGen, params, noise, cond, target, references, sigmas, guidance, *, size, guided: bool):
+  """All steps and the decoding, one program -> (images float32 [B,H,W,3], scaled latents [B,h,w,c]).
+
+  noise: tokens [B,N,patch_dim]. With guidance, cond, target and references hold each sample's negative and positive branch in
+  turn.  size: (h, w) of the latents.
+  """
+  prepared = model.prepare(params, cond, target, references)
+
+  def velocity(x, timestep):
+    x = jnp.repeat(x, 2, axis=0) if guided else x
+    v = model.velocity(params, x, jnp.full((len(x),), timestep), prepared)
+    return guide(v[1::2], v[::2], guidance) if guided else v
+
+  latents = unpatchify(euler_sample(velocity, noise, sigmas), *size, model.config.dit.patch_size)
+  return model.decode(params, latents), latents
 
 
 def _dtype(dtype):

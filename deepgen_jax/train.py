@@ -15,11 +15,11 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax import checkpoint, sharding, stages
-from deepgen_jax.cli import keep_compiled_programs, parse
+from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.log import Log, Profiler
-from deepgen_jax.stages.step import full_params, init_state, make_optimizer, make_train_step
+from deepgen_jax.stages.step import full_params, in_compute_dtype, jit_step
 
 
 def train(config, workdir: epath.Path) -> None:
@@ -40,10 +40,8 @@ def train(config, workdir: epath.Path) -> None:
 
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
-  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
-  optimizer, schedule = make_optimizer(config.optim, config.steps)
-  fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0, stage.old_decay is not None)
-  state_shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
+  frozen = jax.device_put(in_compute_dtype(frozen, stage.dtype), sharding.param_shardings(frozen, mesh))
+  fresh, state_shardings, step = jit_step(config, stage, trainable, mesh)
   ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
   if ckpt.latest() is None:
     state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
@@ -51,16 +49,6 @@ def train(config, workdir: epath.Path) -> None:
     state, data_state = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
   del trainable
 
-  step = make_train_step(
-    stage.loss,
-    optimizer,
-    schedule,
-    accumulate=accumulate,
-    clip=config.optim.clip,
-    ema_decay=config.optim.ema,
-    old_decay=stage.old_decay or (0.0, 0.0),
-  )
-  step = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
   rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
   put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
 
@@ -181,16 +169,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     "--workdir", required=True, metavar="DIR", help="checkpoints, metrics and samples go here; local or gs://"
   )
   parser.add_argument("--config.KEY", metavar="VALUE", help="overrides a key of the config, e.g. --config.optim.lr=1e-4")
-  overrides, rest, expects_value = [], [], False
-  for word in argv:
-    if expects_value:
-      overrides[-1] += f"={word}"
-      expects_value = False
-    elif word.startswith("--config."):
-      overrides.append(word.removeprefix("--config."))
-      expects_value = "=" not in word
-    else:
-      rest.append(word)
+  rest, overrides = split_overrides(argv)
   return parse(parser, rest), overrides
 
 

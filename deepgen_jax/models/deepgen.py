@@ -44,15 +44,19 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class DeepGen:
-  """Functions of parameters. `dtype` is the compute dtype; `unroll` writes scans out (faster on CPU)."""
+  """Functions of parameters. `dtype` is the compute dtype; `unroll` writes scans out (faster on CPU); `remat` (layers.REMAT) is
+  what training keeps of a block; `attention` (layers.BACKENDS) serves all but the vision tower, which trains nowhere.
+  """
 
   config: DeepGenConfig
   dtype: Any = jnp.float32
   unroll: bool = False
+  remat: str = "none"
+  attention: str = "xla"
 
   @cached_property
   def text(self) -> TextDecoder:
-    return TextDecoder(self.config.text, self.config.scb.read_layers, self.unroll)
+    return TextDecoder(self.config.text, self.config.scb.read_layers, self.unroll, self.remat, self.attention)
 
   @cached_property
   def vision(self) -> VisionTower:
@@ -60,11 +64,11 @@ class DeepGen:
 
   @cached_property
   def scb(self) -> SCB:
-    return SCB(self.config, self.unroll)
+    return SCB(self.config, self.unroll, self.remat, self.attention)
 
   @cached_property
   def dit(self) -> DiT:
-    return DiT(self.config.dit, self.unroll)
+    return DiT(self.config.dit, self.unroll, self.remat, self.attention)
 
   @cached_property
   def vae(self) -> VAE:

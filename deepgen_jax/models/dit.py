@@ -21,6 +21,7 @@ from jax import Array
 
 from deepgen_jax.models.config import DiTConfig
 from deepgen_jax.models.layers import Linear, RMSNorm, attention, layer_norm, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt
 
 
 def patchify(latents, patch_size: int = 2):
@@ -112,6 +113,7 @@ class Block(nn.Module):
   config: DiTConfig
   dual: bool = False
   last: bool = False
+  attention: str = "xla"
 
   @nn.compact
   def __call__(self, streams, temb, segments):
@@ -130,12 +132,12 @@ class Block(nn.Module):
     cq, ck, cv = _Attention(cfg, name="context_attn")(_modulate(context, c_shift, c_scale))
     joint = jnp.concatenate([x_segments, c_segments], axis=1)
     q, k, v = (jnp.concatenate(pair, axis=1) for pair in ((q, cq), (k, ck), (v, cv)))
-    h = merge_heads(attention(q, k, v, q_segments=joint, kv_segments=joint))
+    h = merge_heads(attention(q, k, v, q_segments=joint, kv_segments=joint, backend=self.attention))
     h, c_h = h[:, : x.shape[1]], h[:, x.shape[1] :]
     out = gate[:, None] * Linear(size, name="out")(h)
     if self.dual:
       q, k, v = _Attention(cfg, name="attn2")(_modulate(x, mod[6], mod[7]))
-      h = attention(q, k, v, q_segments=x_segments, kv_segments=x_segments)
+      h = attention(q, k, v, q_segments=x_segments, kv_segments=x_segments, backend=self.attention)
       out = out + mod[8][:, None] * Linear(size, name="out2")(merge_heads(h))
     x = x + out
     x = x + mlp_gate[:, None] * _MLP(cfg, name="mlp")(_modulate(x, mlp_shift, mlp_scale))
@@ -143,7 +145,7 @@ class Block(nn.Module):
       context = context + c_gate[:, None] * Linear(size, name="context_out")(c_h)
       h = _modulate(context, c_mlp_shift, c_mlp_scale)
       context = context + c_mlp_gate[:, None] * _MLP(cfg, name="context_mlp")(h)
-    return (x, context), None
+    return keep_dealt((x, context)), None
 
 
 class DiT(nn.Module):
@@ -151,6 +153,8 @@ class DiT(nn.Module):
 
   config: DiTConfig
   unroll: bool = False
+  remat: str = "none"
+  attention: str = "xla"
 
   def setup(self):
     c = self.config
@@ -158,7 +162,10 @@ class DiT(nn.Module):
     self.context_embed = Linear(c.hidden_size)
     self.time_fc1, self.time_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
     self.pooled_fc1, self.pooled_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
-    self.blocks = [stack(Block, length, self.unroll)(c, dual=dual, last=last) for length, dual, last in block_runs(c)]
+    self.blocks = [
+      stack(Block, length, self.unroll, remat=self.remat)(c, dual=dual, last=last, attention=self.attention)
+      for length, dual, last in block_runs(c)
+    ]
     self.out_modulation = Linear(2 * c.hidden_size)
     self.out = Linear(c.patch_dim)
 

@@ -15,6 +15,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from deepgen_jax.models.lora import LoraKernel, lora_delta, lora_embedding
+from deepgen_jax.models.splash import SAVED, splash_attention
+
+BACKENDS = ("xla", "splash", "splash_interpret")
+
+# What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
+# the attention kernel; its input alone.
+_POLICIES = jax.checkpoint_policies
+REMAT = {
+  "none": None,
+  "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(SAVED)),
+  "full": _POLICIES.nothing_saveable,
+}
 
 
 def linear(x: Array, kernel: Array | LoraKernel, bias: Array | None = None) -> Array:
@@ -41,13 +53,18 @@ def attention(
   q_segments: Array | None = None,
   kv_segments: Array | None = None,
   causal_offset: int | None = None,
+  backend: str = "xla",
 ) -> Array:
   """Softmax attention; q [B,T,H,D], k and v [B,S,K,D] with K dividing H -> [B,T,H,D].
 
   A query sees the keys of its own segment (int [B,T] and [B,S]; by convention 0 is padding, so that padded rows see padded
   rows and stay finite), and with `causal_offset` only keys at positions <= its own index + offset. Scale 1/sqrt(D),
-  softmax in float32.
+  softmax in float32. backend: "xla" anywhere, "splash" on TPU, "splash_interpret" the latter's program on any platform.
   """
+  if backend not in BACKENDS:
+    raise ValueError(f"attention back end {backend!r} is none of {', '.join(BACKENDS)}")
+  if backend != "xla":
+    return splash_attention(q, k, v, q_segments, kv_segments, causal_offset, backend == "splash_interpret")
   mask = None
   if q_segments is not None:
     mask = q_segments[:, :, None] == kv_segments[:, None, :]
@@ -122,17 +139,23 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.eps)
 
 
-def stack(block: type[nn.Module], length: int, unroll: bool, per_layer: int = 0) -> type[nn.Module]:
+def stack(block: type[nn.Module], length: int, unroll: bool, per_layer: int = 0, remat: str = "none") -> type[nn.Module]:
   """`block` repeated `length` times over parameters stacked on a leading axis; one compiled body unless unrolled.
 
   The block is called as block(carry, *per_layer inputs, *shared inputs) -> (carry, None). Of its inputs the first
-  `per_layer` carry a leading layer axis, the others are shared by all layers.
+  `per_layer` carry a leading layer axis, the others are shared by all layers. remat: what the backward pass finds in memory,
+  a key of REMAT.
   """
+  inputs = _num_inputs(block)
+  if REMAT[remat] is not None:
+    block = nn.remat(
+      block, prevent_cse=unroll, policy=REMAT[remat]
+    )  # inside a loop nothing can be merged with the forward pass
   return nn.scan(
     block,
     variable_axes={"params": 0},
     split_rngs={"params": True},
-    in_axes=(0,) * per_layer + (nn.broadcast,) * (_num_inputs(block) - per_layer),
+    in_axes=(0,) * per_layer + (nn.broadcast,) * (inputs - per_layer),
     length=length,
     unroll=length if unroll else 1,
   )

@@ -89,7 +89,8 @@ def add_lora(params, targets: Sequence[str], rank: int, alpha: float, key: Array
 
 def merge_lora(params):
   """Every LoraKernel becomes the plain kernel W + scale a b (computed in float32); other leaves stay."""
-  merge = lambda p: p.kernel + p.scale * (p.a.astype(jnp.float32) @ p.b.astype(jnp.float32)).astype(p.kernel.dtype)
+  delta = lambda p: p.scale * (p.a.astype(jnp.float32) @ p.b.astype(jnp.float32))
+  merge = lambda p: (p.kernel.astype(jnp.float32) + delta(p)).astype(p.kernel.dtype)
   return jax.tree.map(lambda p: merge(p) if _is_lora(p) else p, params, is_leaf=_is_lora)
 
 

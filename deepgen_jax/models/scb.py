@@ -18,6 +18,7 @@ from jax import Array
 
 from deepgen_jax.models.config import DeepGenConfig, SCBConfig
 from deepgen_jax.models.layers import LayerNorm, Linear, attention, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt
 
 
 def _torch_uniform(key, shape, dtype=jnp.float32):
@@ -30,6 +31,7 @@ class EncoderLayer(nn.Module):
   """One pre-norm bidirectional layer."""
 
   config: SCBConfig
+  attention: str = "xla"
 
   @nn.compact
   def __call__(self, x, segments):
@@ -37,12 +39,12 @@ class EncoderLayer(nn.Module):
     c = self.config
     h = LayerNorm(c.layer_norm_eps, name="norm1")(x)
     q, k, v = (split_heads(Linear(c.hidden_size, name=n)(h), c.num_heads) for n in ("q", "k", "v"))
-    h = attention(q, k, v, q_segments=segments, kv_segments=segments)
+    h = attention(q, k, v, q_segments=segments, kv_segments=segments, backend=self.attention)
     x = x + Linear(c.hidden_size, name="out")(merge_heads(h))
     h = LayerNorm(c.layer_norm_eps, name="norm2")(x)
     tiny = nn.initializers.normal(1e-6)
     h = jax.nn.gelu(Linear(c.intermediate_size, bias_init=tiny, name="fc1")(h), approximate=True)
-    return x + Linear(c.hidden_size, bias_init=tiny, name="fc2")(h), None
+    return keep_dealt(x + Linear(c.hidden_size, bias_init=tiny, name="fc2")(h)), None
 
 
 class SCB(nn.Module):
@@ -50,6 +52,8 @@ class SCB(nn.Module):
 
   config: DeepGenConfig
   unroll: bool = False
+  remat: str = "none"
+  attention: str = "xla"
 
   def setup(self):
     c, text, dit = self.config.scb, self.config.text, self.config.dit
@@ -59,7 +63,7 @@ class SCB(nn.Module):
     bound = 1 / math.sqrt(len(c.read_layers) * text.hidden_size)
     bias_init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     self.projector = Linear(c.hidden_size, kernel_init=_torch_uniform, bias_init=bias_init)
-    self.layers = stack(EncoderLayer, c.num_layers, self.unroll)(c)
+    self.layers = stack(EncoderLayer, c.num_layers, self.unroll, remat=self.remat)(c, attention=self.attention)
     self.pooled_head = Linear(dit.pooled_size, kernel_init=zeros)
     self.context_head = Linear(dit.context_size, kernel_init=zeros)
 

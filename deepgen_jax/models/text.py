@@ -21,6 +21,7 @@ from jax import Array
 
 from deepgen_jax.models.config import TextConfig
 from deepgen_jax.models.layers import Linear, RMSNorm, attention, embed, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -49,6 +50,7 @@ class DecoderLayer(nn.Module):
   """One pre-norm layer over streams that follow each other (see the head of the file)."""
 
   config: TextConfig
+  attention: str = "xla"
 
   @nn.compact
   def __call__(self, streams, tables, segments):
@@ -78,11 +80,12 @@ class DecoderLayer(nn.Module):
         q_segments=segment,
         kv_segments=jnp.concatenate(seen, axis=1),
         causal_offset=offset,
+        backend=self.attention,
       )
       x = x + out(merge_heads(h))
       h = post_norm(x)
       done.append(x + down(jax.nn.silu(gate(h)) * up(h)))
-    return tuple(done), None
+    return keep_dealt(tuple(done)), None
 
 
 class TextDecoder(nn.Module):
@@ -93,6 +96,8 @@ class TextDecoder(nn.Module):
   config: TextConfig
   read_layers: tuple[int, ...]
   unroll: bool = False
+  remat: str = "none"
+  attention: str = "xla"
 
   def setup(self):
     c = self.config
@@ -102,7 +107,7 @@ class TextDecoder(nn.Module):
     starts = [0, *ends]
     lengths = [end - start for start, end in zip(starts, [*ends, c.num_layers]) if end > start]
     self.embedding = self.param("embedding", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
-    self.segments = [stack(DecoderLayer, n, self.unroll)(c) for n in lengths]
+    self.segments = [stack(DecoderLayer, n, self.unroll, remat=self.remat)(c, attention=self.attention) for n in lengths]
     self.norm = RMSNorm(c.rms_eps)
     if not c.tie_word_embeddings:
       self.head = Linear(c.vocab_size, use_bias=False, kernel_init=_INIT)

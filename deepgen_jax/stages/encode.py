@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
+from deepgen_jax import sharding
 from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 
 
@@ -21,12 +22,15 @@ class ImageEncoder:
   last bit: there each image is computed by itself, one after the other in one program.
   """
 
-  def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0):
-    self._batch, self._cache_size = batch, cache
+  def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0, mesh=None):
+    """batch: images of a program; with a mesh, of each device in it (one process, no cache)."""
+    self._sharding = None if mesh is None or cache or jax.process_count() > 1 else sharding.batch_sharding(mesh)
+    self.batch = batch if self._sharding is None else batch * mesh.shape["data"] * mesh.shape["fsdp"]
+    self._cache_size = cache
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
     features = lambda params, images: (model.vision_features(params, images),)
     wrap = _one_by_one if cache else lambda encode: encode
-    self._programs = {"moments": jax.jit(wrap(model.encode_moments)), "features": jax.jit(wrap(features))}
+    self.programs = {"moments": jax.jit(wrap(model.encode_moments)), "features": jax.jit(wrap(features))}
 
   def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """-> (mean, log-variance) of each image, [h,w,c]."""
@@ -42,11 +46,13 @@ class ImageEncoder:
     missing = {key: image for key, image in zip(keys, images) if key not in found}
     for shape in {image.shape for image in missing.values()}:
       group = [(key, image) for key, image in missing.items() if image.shape == shape]
-      for start in range(0, len(group), self._batch):
-        part = group[start : start + self._batch]
+      for start in range(0, len(group), self.batch):
+        part = group[start : start + self.batch]
         stacked = np.stack([image for _, image in part])
-        stacked = np.concatenate([stacked, np.zeros((self._batch - len(part), *shape), np.uint8)])
-        outputs = [np.asarray(x) for x in self._programs[program](params, stacked)]
+        stacked = np.concatenate([stacked, np.zeros((self.batch - len(part), *shape), np.uint8)])
+        if self._sharding is not None:
+          stacked = jax.device_put(stacked, self._sharding)
+        outputs = [np.asarray(x) for x in self.programs[program](params, stacked)]
         found |= {key: tuple(x[row] for x in outputs) for row, (key, _) in enumerate(part)}
     room = self._cache_size - len(self._cache)
     self._cache |= {key: found[key] for key in list(missing)[: max(room, 0)]}

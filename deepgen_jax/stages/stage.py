@@ -36,6 +36,7 @@ class Stage:
   images: that an update takes, for the speed; 0: host_batches x config.data.batch_size.
   period: updates that belong together; checkpoints fall between periods.
   old_decay: how the slower policy follows (`make_train_step`); None: there is none.
+  dtype: the compute dtype; frozen kernels are stored in it, trained ones cast to it while they are sharded.
   """
 
   init: Callable[[], Any]
@@ -50,3 +51,4 @@ class Stage:
   images: int = 0
   period: int = 1
   old_decay: tuple[float, float] | None = None
+  dtype: Any = np.float32

@@ -11,6 +11,7 @@ how many its update has, and "weight" float [B], a factor on the samples' losses
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -94,8 +95,25 @@ def sample_keys(rng: Array, step: Array, sample_id: Array) -> Array:
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(rng, step), i))(sample_id)
 
 
+def in_compute_dtype(params, dtype):
+  """Kernels and embeddings as `linear` and `embed` would cast them anyway; norms, biases and think tokens stay float32.
+
+  Done where parameters are still sharded, so that what is gathered from other devices is already small.
+  """
+  large = re.compile(r".*/(kernel|embedding|a|b)")
+  return sharding.map_paths(lambda path, x: x.astype(dtype) if large.fullmatch(path) else x, params)
+
+
 def make_train_step(
-  loss: Callable, optimizer, schedule, *, accumulate: int, clip: float, ema_decay: float, old_decay: tuple = (0.0, 0.0)
+  loss: Callable,
+  optimizer,
+  schedule,
+  *,
+  accumulate: int,
+  clip: float,
+  ema_decay: float,
+  old_decay: tuple = (0.0, 0.0),
+  dtype=np.float32,
 ) -> Callable:
   """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B].
 
@@ -137,10 +155,11 @@ def make_train_step(
     count = batch["micro_batches"][0] if "micro_batches" in batch else accumulate
 
     def mean_loss(trainable):
-      losses, metrics = loss(full_params(state.replace(params=trainable), frozen), batch, keys)
+      losses, metrics = loss(full_params(state.replace(params=in_compute_dtype(trainable, dtype)), frozen), batch, keys)
       return (losses * batch.get("weight", 1.0)).mean(), metrics
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    grads = sharding.keep_sharded(grads)
     state = state.replace(
       micro=state.micro + 1, loss=state.loss + value / count, grads=jax.tree.map(jnp.add, state.grads, grads)
     )
@@ -171,3 +190,26 @@ def summarise(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
   names = dict.fromkeys(name for row in metrics for name in row)
   means = {name: float(np.mean([row[name] for row in metrics if name in row])) for name in names}
   return means | {name: metrics[-1][name] for name in OF_UPDATE}
+
+
+def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
+  """What `train` runs and `estimate` compiles: -> (fresh(trainable) -> TrainState, its shardings, the jitted step).
+
+  stage: its loss, dtype, host_batches and old_decay take part. trainable: float32 leaves, arrays or ShapeDtypeStructs.
+  """
+  optim = config.optim
+  optimizer, schedule = make_optimizer(optim, config.steps)
+  fresh = lambda params: init_state(params, optimizer, optim.ema > 0, stage.old_decay is not None)
+  shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
+  step = make_train_step(
+    stage.loss,
+    optimizer,
+    schedule,
+    accumulate=stage.host_batches or len(config.data.pattern),
+    clip=optim.clip,
+    ema_decay=optim.ema,
+    old_decay=stage.old_decay or (0.0, 0.0),
+    dtype=stage.dtype,
+  )
+  step = sharding.on_mesh(mesh, step)
+  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))

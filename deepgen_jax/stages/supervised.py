@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from deepgen_jax.heldout import HeldOut
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.layers import REMAT
 from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch
 from deepgen_jax.stages.objective import sample_loss
@@ -27,25 +29,10 @@ from deepgen_jax.weights.load import load_model
 def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
   sizes, loaded, tokenizer = load_base(config)
-  model = DeepGen(sizes, dtype=compute_dtype(config.dtype), unroll=config.unroll)
+  model = make_model(config, sizes)
   batches = micro_batches(config, sizes, tokenizer)
-  encoder = ImageEncoder(model, cache=config.data.cache_images)
-  joint = bool(config.lora.targets)
+  encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
-
-  def init():
-    params = loaded
-    if "scb" not in params:
-      params = params | jax.jit(lambda key: model.init(key, ("scb",)))(jax.random.key(config.seed))
-    if joint:
-      params = lora.merge_lora(params)
-      key = jax.random.fold_in(jax.random.key(config.seed), 1)
-      params = lora.add_lora(params, config.lora.targets, config.lora.rank, config.lora.alpha, key, config.lora.dropout)
-    return params
-
-  def loss(params, batch, keys):
-    losses = sample_loss(model, params, batch, keys, joint=joint, **config.timesteps)
-    return losses, {"edit_loss" if "references" in batch else "generate_loss": losses.mean()}
 
   held_out = None  # a user's own data has none
   if config.eval.every and is_embedded(config.data.sources):
@@ -64,7 +51,51 @@ def build(config, mesh) -> Stage:
     pipe = pipe or DeepGenPipeline(sizes, params, tokenizer, compute_dtype(config.dtype), mesh)
     return Report(scalars, held_out.pictures(pipe, params))
 
-  return Stage(init, loss, batches, lambda params, host: [encode(params, host)], evaluate)
+  return Stage(
+    lambda: complete(config, model, loaded),
+    make_loss(config, model),
+    batches,
+    lambda params, host: [encode(params, host)],
+    evaluate,
+    dtype=model.dtype,
+  )
+
+
+def make_model(config, sizes, platform: str | None = None) -> DeepGen:
+  """The networks as training runs them on a platform ("cpu", "gpu", "tpu"; None: the one that is there)."""
+  platform = platform or jax.default_backend()
+  if config.remat not in REMAT:
+    raise UserError(f"config.remat {config.remat!r} is none of {', '.join(REMAT)}")
+  attention = {"auto": "splash" if platform == "tpu" else "xla"}.get(config.attention, config.attention)
+  if attention not in ("xla", "splash"):
+    raise UserError(f"config.attention {config.attention!r} is neither auto, xla nor splash")
+  if attention == "splash" and platform != "tpu":
+    raise UserError(f"config.attention=splash runs on TPU alone, not on {platform}; use auto or xla")
+  return DeepGen(sizes, compute_dtype(config.dtype, platform), config.unroll, config.remat, attention)
+
+
+def complete(config, model: DeepGen, params) -> dict:
+  """Parameters of a base -> all that the stage has: a fresh SCB where there is none, LoRA where asked for. Traceable, so that
+  `jax.eval_shape` gives the shapes without weights.
+  """
+  if "scb" not in params:
+    params = params | jax.jit(lambda key: model.init(key, ("scb",)))(jax.random.key(config.seed))
+  if config.lora.targets:
+    params = lora.merge_lora(params)
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    params = lora.add_lora(params, config.lora.targets, config.lora.rank, config.lora.alpha, key, config.lora.dropout)
+  return params
+
+
+def make_loss(config, model: DeepGen) -> Callable:
+  """-> loss(params, batch, keys) of a stage."""
+  joint = bool(config.lora.targets)
+
+  def loss(params, batch, keys):
+    losses = sample_loss(model, params, batch, keys, joint=joint, **config.timesteps)
+    return losses, {"edit_loss" if "references" in batch else "generate_loss": losses.mean()}
+
+  return loss
 
 
 def micro_batches(config, sizes, tokenizer) -> MicroBatches:
@@ -102,10 +133,10 @@ def make_held_out(data) -> dict:
   return {"generate": EmojiGeneration(emoji, held_out=True), "edit": EmojiEdits(emoji, held_out=True)}
 
 
-def compute_dtype(name: str):
+def compute_dtype(name: str, platform: str | None = None):
   """ "auto": bfloat16 on TPU and GPU, float32 on CPU (design 3.12)."""
   if name == "auto":
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.float32 if (platform or jax.default_backend()) == "cpu" else jnp.bfloat16
   if name not in ("float32", "bfloat16"):
     raise UserError(f"config.dtype {name!r} is neither auto, float32 nor bfloat16")
   return jnp.dtype(name)

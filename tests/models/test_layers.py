@@ -1,0 +1,34 @@
+"""What blocks keep for the backward pass changes memory and work, not gradients."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepgen_jax.estimating.flops import count_flops
+from deepgen_jax.models.layers import Linear, attention, split_heads, stack
+
+
+class Block(nn.Module):
+  """A linear, attention of its result with itself."""
+
+  @nn.compact
+  def __call__(self, x, scale):
+    h = split_heads(Linear(8)(x), 2)
+    return x + scale * attention(h, h, h).reshape(x.shape), None
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_remat_repeats_work_and_gives_the_same_gradients(unroll):
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 8)), jnp.float32)
+  params = stack(Block, 3, unroll)().init(jax.random.key(0), x, 1.0)
+
+  def gradient(remat):
+    loss = lambda params: jnp.square(stack(Block, 3, unroll, remat=remat)().apply(params, x, 1.0)[0]).sum()
+    return jax.jit(jax.grad(loss))(params), count_flops(jax.grad(loss), params)
+
+  (expected, least), (dots, some), (full, most) = gradient("none"), gradient("dots"), gradient("full")
+  assert least < some < most  # the attention's products again; and the linear's
+  for got in (dots, full):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, expected)

@@ -1,0 +1,92 @@
+"""The estimate as a command: a small model compiled for a topology that isn't there, what doesn't fit, and mistakes."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from deepgen_jax import estimate
+from deepgen_jax.config import load_config
+from deepgen_jax.errors import UserError
+from deepgen_jax.estimating.inputs import train_batch
+from deepgen_jax.estimating.program import OutOfMemory
+from deepgen_jax.models.config import SIZES
+from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.stages import supervised
+from deepgen_jax.stages.encode import ImageEncoder, encode_batch
+from tests.small import CONFIG, draw_params
+
+COMMAND = ["--config", "configs/sft.py:tiny", "--topology", "v5p:2x2x1", "--json"]
+SMALL = [
+  "--config.unroll=False",
+  "--config.attention=xla",  # heads of 8 channels are too narrow for the kernel
+  "--config.data.batch_size=4",
+  "--config.data.pattern=('generate','generate')",
+  "--config.mesh.data=1",
+  "--config.mesh.fsdp=4",
+  "--config.lora.targets=['vlm/text/segments_[0-1]/(q|k|v|out|gate|up|down)/kernel']",
+]
+
+
+def run(monkeypatch, capsys, *options):
+  """-> (the JSON of the last line, everything printed)."""
+  monkeypatch.setitem(SIZES, "tiny", CONFIG)
+  monkeypatch.setattr(sys, "argv", ["estimate", *COMMAND, *SMALL, *options])
+  try:
+    estimate.main()
+  finally:
+    printed = capsys.readouterr().out
+  return json.loads(printed.splitlines()[-1]), printed
+
+
+def test_a_small_model_is_estimated(monkeypatch, capsys):
+  report, printed = run(monkeypatch, capsys)
+  assert report["fits"] is True and report["chips"] == 4
+  assert 0 < report["mfu"] < 1 and report["images_per_s"] == pytest.approx(2 * 4 / report["step_s"])
+  assert report["peak_gib"] == pytest.approx(sum(report[f"{k}_gib"] for k in ("parameters", "optimizer", "activations")))
+  assert report["peak_gib"] < report["hbm_gib"] and report["compile_s"] > 0 and report["step_s_slow"] >= report["step_s"] > 0
+  assert report["sampler"]["fits"] and report["sampler"]["images_per_s"] > 0 and report["sampler"]["batch"] == 4
+  assert "MFU" in printed and "attention kernels" in printed and jax.default_backend() == "cpu"
+
+
+def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
+  """The compiler refuses; the report is printed all the same, with what it asked for on top of what is resident."""
+
+  def refuse(lowered, chip):
+    raise OutOfMemory(109 * 2**30, whole=False)
+
+  monkeypatch.setattr(estimate, "compile_program", refuse)
+  with pytest.raises(UserError, match=r"peak 109.0 GiB of 95.7: try --config.remat=dots or --config.data.batch_size=2"):
+    run(monkeypatch, capsys)
+
+
+def test_the_batch_is_what_training_makes(emoji_dir, tokenizer):
+  """Shapes and types of the representative micro-batches equal those that the stage prepares from real samples."""
+  config = load_config("configs/sft.py:tiny", ["data.batch_size=2", f"data.dir={emoji_dir}"])
+  model = DeepGen(CONFIG)
+  batches, encoder = supervised.micro_batches(config, CONFIG, tokenizer), ImageEncoder(model, batch=2)
+  for m, task in enumerate(config.data.pattern[:2]):
+    real = encode_batch(model, draw_params(), encoder, batches.batch(m), config.data.token_multiple, model.scale)
+    ours = train_batch(config, model, task, 30, 2)
+    shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+    assert shapes(ours) == shapes(real)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  [
+    (["--topology", "v5q:2x2x1"], r"v5q.* unknown.*v5p"),
+    (["--topology", "v5p:many"], r"'many' is no grid.*v5e:4x4"),
+    (["--topology", "v5p:9x9x9"], r"v5p:9x9x9.*no such grid"),
+    (["--config.mesh.fsdp=3"], r"config.mesh"),
+    (["--config.remat=some"], r"config.remat 'some' is none of none, dots, full"),
+    (["--config.attention=flash"], r"config.attention 'flash'"),
+    (["--config.stage=pretrain_vae"], r"pretrain_vae"),
+    (["--jsn"], r"unknown option '--jsn'.*--json"),
+  ],
+)
+def test_mistakes_are_one_message(monkeypatch, capsys, options, message):
+  monkeypatch.setattr(sys, "argv", ["estimate", *COMMAND, *SMALL, *options])
+  with pytest.raises(UserError, match=message):
+    estimate.main()
