@@ -17,8 +17,9 @@ from tests import small  # noqa: E402
 
 CONFIG = dataclasses.replace(
   small.CONFIG,
-  dit=dataclasses.replace(small.CONFIG.dit, pos_embed_max_size=32),
-  scb=dataclasses.replace(small.CONFIG.scb, read_layers=(3,)),
+  text=dataclasses.replace(small.CONFIG.text, num_layers=2),
+  scb=dataclasses.replace(small.CONFIG.scb, read_layers=(2,)),
+  dit=dataclasses.replace(small.CONFIG.dit, num_layers=2, pos_embed_max_size=32),
 )
 SIZES = cases.Sizes(CONFIG, steps=2, pixels=32, prompt=20)
 SETTINGS = {"optim": cases.OPTIM, "guidance": cases.GUIDANCE}
