@@ -57,12 +57,13 @@ class DeepGenPipeline:
     self.model = DeepGen(config, _dtype(dtype), unroll=on_cpu and config.text.num_layers <= UNROLLED_LAYERS)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = jax.device_put(merged, sharding.param_shardings(merged, self.mesh))
-    self._condition = jax.jit(self.model.condition)
-    self._features = jax.jit(self.model.vision_features)
-    self._moments = jax.jit(self.model.encode_moments)
-    self._decode = jax.jit(self.model.decode)
-    self._velocity = jax.jit(self._velocity_program)
-    self._sample = jax.jit(self._sample_program, static_argnames=("size", "guided"))
+    program = lambda fn, **options: jax.jit(sharding.on_mesh(self.mesh, fn), **options)
+    self._condition = program(self.model.condition)
+    self._features = program(self.model.vision_features)
+    self._moments = program(self.model.encode_moments)
+    self._decode = program(self.model.decode)
+    self._velocity = program(self._velocity_program)
+    self._sample = program(self._sample_program, static_argnames=("size", "guided"))
 
   @classmethod
   def from_pretrained(cls, path, dtype=None, mesh=None, base=None, weights: str = "ema") -> DeepGenPipeline:

@@ -7,6 +7,7 @@ paths end alike. A dimension that an axis doesn't divide stays unsharded on that
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,9 @@ AXES = ("data", "fsdp", "tensor")
 
 # Path regex -> axes of the last dimensions of the leaf (leading scan axes are never sharded). First match wins.
 RULES = [
+  # The VLM's two key and value heads are fewer than a tensor axis usually has devices: each of these holds both.
+  (r"(.*/)?vlm/text/.*/(k|v)/kernel(/kernel)?", ("fsdp", None)),
+  (r"(.*/)?vlm/text/.*/(k|v)/kernel/b", (None, None)),
   (r".*/(q|k|v|gate|up|fc1|modulation|context_modulation)/kernel(/kernel)?", ("fsdp", "tensor")),
   (r".*/(out|out2|context_out|down|fc2)/kernel(/kernel)?", ("tensor", "fsdp")),
   (r".*/embedding(/kernel)?", ("tensor", "fsdp")),
@@ -73,6 +77,13 @@ def partition_spec(path: str, shape: Sequence[int], mesh: Mesh) -> PartitionSpec
   return PartitionSpec(*(a if a and mesh.shape[a] > 1 and n % mesh.shape[a] == 0 else None for a, n in zip(axes, shape)))
 
 
+def undivided(path: str, shape: Sequence[int], mesh: Mesh) -> list[str]:
+  """What the table would shard but can't: "tensor doesn't divide 11946" for each such dimension of a parameter."""
+  axes = lookup(RULES, path, "sharding rules")[-len(shape) :]
+  pairs = zip(axes, shape[len(shape) - len(axes) :])
+  return [f"{axis} doesn't divide {n}" for axis, n in pairs if axis and n % mesh.shape[axis]]
+
+
 def param_shardings(params, mesh: Mesh):
   """NamedSharding of every leaf of a parameter tree (arrays or ShapeDtypeStructs)."""
   return map_paths(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), params)
@@ -95,6 +106,92 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Every device holds the whole."""
   return NamedSharding(mesh, PartitionSpec())
+
+
+def place(tree, shardings):
+  """Arrays, the same on every process, into their shardings, leaf by leaf: a device gets its shard, nothing more."""
+
+  def put(leaf, sharding):
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+      return jax.device_put(leaf, sharding)
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+  return jax.tree.map(put, tree, shardings)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
+  """The rows of a batch that this process's devices hold, in order; processes that share a `tensor` axis share rows.
+
+  Raises UserError if the devices can't share the batch evenly.
+  """
+  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size < 1 or batch_size % shares:
+    raise UserError(
+      f"config.data.batch_size {batch_size}: it must be a positive multiple of the {shares} devices that share a batch "
+      f"(config.mesh: data {mesh.shape['data']} x fsdp {mesh.shape['fsdp']})"
+    )
+  indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+  return sorted({row for (part,) in indices for row in range(*part.indices(batch_size))})
+
+
+def put_batch(batch, mesh: Mesh):
+  """A tree of arrays whose leading axis is this process's rows (`local_rows`) -> arrays of all rows, dealt to the mesh."""
+  sharding = batch_sharding(mesh)
+  if sharding.is_fully_addressable:
+    return jax.device_put(batch, sharding)
+  shares = mesh.shape["data"] * mesh.shape["fsdp"]
+  held = len(local_rows(mesh, shares))  # of these shares
+
+  def put(x):
+    size = len(x) * shares // held
+    rows = local_rows(mesh, size)
+
+    def part(index):
+      start = rows.index(index[0].indices(size)[0])
+      return x[start : start + size // shares]
+
+    return jax.make_array_from_callback((size, *x.shape[1:]), sharding, part)
+
+  return jax.tree.map(put, batch)
+
+
+def on_mesh(mesh: Mesh, fn: Callable) -> Callable:
+  """`fn` such that `keep_dealt` finds the mesh when it is traced; goes inside jax.jit."""
+
+  @functools.wraps(fn)
+  def traced(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **kwargs)
+
+  return traced
+
+
+def keep_dealt(tree):
+  """Activations [B, ...] stay dealt by samples, and whole otherwise, where `on_mesh` says on what (a tree of them).
+
+  Left to itself the compiler may follow the parameters instead: split channels, and gather activations for every layer. Does
+  nothing without a mesh, or where its devices don't divide the batch.
+  """
+  mesh = _traced_mesh()
+  if mesh is None:
+    return tree
+  keep = lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec(("data", "fsdp")))
+  return jax.tree.map(lambda x: x if len(x) % (mesh.shape["data"] * mesh.shape["fsdp"]) else keep(x), tree)
+
+
+def keep_sharded(grads):
+  """Gradients of a parameter tree are reduced into the shards of their parameters, where `on_mesh` says on what."""
+  mesh = _traced_mesh()
+  if mesh is None:
+    return grads
+  keep = lambda path, g: jax.lax.with_sharding_constraint(g, partition_spec(path, g.shape, mesh))
+  return map_paths(keep, grads)
+
+
+def _traced_mesh():
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh if set(AXES) <= set(mesh.shape) else None
 
 
 def partition(params, table: Sequence[tuple[str, bool]], name: str = "config.trainable"):

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 
 import jax
 import numpy as np
 from etils import epath
 
-from deepgen_jax import checkpoint, sharding, stages
+from deepgen_jax import checkpoint, distributed, sharding, stages
 from deepgen_jax.cli import keep_compiled_programs, parse
-from deepgen_jax.config import load_config, to_json
+from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import UserError, run_command
-from deepgen_jax.log import Log, Profiler
+from deepgen_jax.log import Log, Profiler, Silent
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 
 
@@ -27,23 +26,23 @@ def train(config, workdir: epath.Path) -> None:
   config.init.
   """
   config_json = to_json(config)
-  checkpoint.check_config(workdir, config_json)
+  distributed.check_same(json.dumps({k: v for k, v in flatten(config) if k != "distributed"}, default=str))
+  distributed.on_main(lambda: checkpoint.check_config(workdir, config_json))
   mesh = sharding.make_mesh(config.mesh.to_dict())
   profiler = Profiler(config.profile, workdir / "profile")
   stage = stages.build(config, mesh)
   accumulate = len(config.data.pattern)
-  workdir.mkdir(parents=True, exist_ok=True)
-  held = checkpoint.lock(workdir)
-  (workdir / "config.json").write_text(config_json)
+  held = distributed.on_main(lambda: _take(workdir, config_json))
 
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
-  frozen = jax.device_put(frozen, sharding.param_shardings(frozen, mesh))
+  frozen = sharding.place(frozen, sharding.param_shardings(frozen, mesh))
   optimizer, schedule = make_optimizer(config.optim, config.steps)
   fresh = lambda params: init_state(params, optimizer, config.optim.ema > 0)
   state_shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
   ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
   if ckpt.latest() is None:
+    trainable = sharding.place(trainable, sharding.param_shardings(trainable, mesh))
     state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
   else:
     state, data_state = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
@@ -52,14 +51,15 @@ def train(config, workdir: epath.Path) -> None:
   step = make_train_step(
     stage.loss, optimizer, schedule, accumulate=accumulate, clip=config.optim.clip, ema_decay=config.optim.ema
   )
-  step = jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
-  rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
-  put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
+  step = jax.jit(sharding.on_mesh(mesh, step), donate_argnums=0, out_shardings=(state_shardings, sharding.replicated(mesh)))
+  rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
 
   done = int(state.step)
-  log = Log(workdir, config.steps, done, config.log.every, accumulate * config.data.batch_size)
+  log = (Log if distributed.is_main() else Silent)(
+    workdir, config.steps, done, config.log.every, accumulate * config.data.batch_size
+  )
   samples = stage.batches.iterate(data_state["micro_batches"])
-  stop = _stop_on_signal()
+  stop = distributed.Stop(mesh)
   pending = None  # (update, metrics on the device): fetched one update late, so that the device never waits for the host
   listed, programs = 0, set()
   try:
@@ -72,11 +72,12 @@ def train(config, workdir: epath.Path) -> None:
       for _ in range(accumulate):
         for batch in stage.prepare(sharding.merge(state.params, frozen), next(samples)):
           _count_program(programs, batch, config.max_programs)
-          state, metrics = step(state, frozen, put(batch), rng)
+          state, metrics = step(state, frozen, sharding.put_batch(batch, mesh), rng)
       done += 1
       if pending:
         log.write(*_fetch(pending, config.max_nonfinite))
       pending = (done, metrics)
+      stop.vote()
       listed = _list_bad_samples(workdir, stage.batches.bad_samples(), listed)
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
         _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
@@ -95,6 +96,14 @@ def train(config, workdir: epath.Path) -> None:
     log.close()
     if held:
       held.close()
+
+
+def _take(workdir: epath.Path, config_json: str):
+  """Makes the workdir and this run's own; -> what holds its lock."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  held = checkpoint.lock(workdir)
+  (workdir / "config.json").write_text(config_json)
+  return held
 
 
 def _count_program(programs: set, batch: dict, limit: int) -> None:
@@ -136,21 +145,9 @@ def _list_bad_samples(workdir: epath.Path, bad: list, listed: int) -> int:
   """Keeps bad_samples.jsonl complete; returns how many it lists."""
   if len(bad) > listed:
     rows = [json.dumps({"source": b.source, "index": b.index, "reason": b.reason}) + "\n" for b in bad]
-    (workdir / "bad_samples.jsonl").write_text("".join(rows))
+    name = "bad_samples.jsonl" if distributed.is_main() else f"bad_samples.{jax.process_index()}.jsonl"  # of its own rows
+    (workdir / name).write_text("".join(rows))
   return len(bad)
-
-
-def _stop_on_signal() -> list:
-  """An empty list that SIGTERM or the first Ctrl-C fills: the loop then saves and ends."""
-  stop: list = []
-
-  def handler(number, frame):
-    stop.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, handler)
-  return stop
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -183,6 +180,7 @@ def main() -> None:
   keep_compiled_programs()
   arguments, overrides = parse_arguments(sys.argv[1:])
   config = load_config(arguments.config, overrides)
+  distributed.start(config.distributed)
   train(config, epath.Path(arguments.workdir))
 
 

@@ -21,6 +21,7 @@ from jax import Array
 
 from deepgen_jax.models.config import DiTConfig
 from deepgen_jax.models.layers import Linear, RMSNorm, attention, layer_norm, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt
 
 
 def patchify(latents, patch_size: int = 2):
@@ -143,7 +144,7 @@ class Block(nn.Module):
       context = context + c_gate[:, None] * Linear(size, name="context_out")(c_h)
       h = _modulate(context, c_mlp_shift, c_mlp_scale)
       context = context + c_mlp_gate[:, None] * _MLP(cfg, name="context_mlp")(h)
-    return (x, context), None
+    return keep_dealt((x, context)), None
 
 
 class DiT(nn.Module):

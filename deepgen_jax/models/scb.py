@@ -18,6 +18,7 @@ from jax import Array
 
 from deepgen_jax.models.config import DeepGenConfig, SCBConfig
 from deepgen_jax.models.layers import LayerNorm, Linear, attention, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt
 
 
 def _torch_uniform(key, shape, dtype=jnp.float32):
@@ -42,7 +43,7 @@ class EncoderLayer(nn.Module):
     h = LayerNorm(c.layer_norm_eps, name="norm2")(x)
     tiny = nn.initializers.normal(1e-6)
     h = jax.nn.gelu(Linear(c.intermediate_size, bias_init=tiny, name="fc1")(h), approximate=True)
-    return x + Linear(c.hidden_size, bias_init=tiny, name="fc2")(h), None
+    return keep_dealt(x + Linear(c.hidden_size, bias_init=tiny, name="fc2")(h)), None
 
 
 class SCB(nn.Module):

@@ -21,6 +21,7 @@ from jax import Array
 
 from deepgen_jax.models.config import TextConfig
 from deepgen_jax.models.layers import Linear, RMSNorm, attention, embed, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -82,7 +83,7 @@ class DecoderLayer(nn.Module):
       x = x + out(merge_heads(h))
       h = post_norm(x)
       done.append(x + down(jax.nn.silu(gate(h)) * up(h)))
-    return tuple(done), None
+    return keep_dealt(tuple(done)), None
 
 
 class TextDecoder(nn.Module):

@@ -15,6 +15,7 @@ from jax import Array
 from deepgen_jax.models.config import VisionConfig
 from deepgen_jax.models.layers import Linear, RMSNorm, attention, merge_heads, split_heads, stack
 from deepgen_jax.models.text import rotate
+from deepgen_jax.sharding import keep_dealt
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -98,7 +99,7 @@ class VisionBlock(nn.Module):
     x = x + Linear(c.hidden_size, name="out")(merge_heads(h))
     h = RMSNorm(name="norm2")(x)
     h = jax.nn.silu(Linear(c.intermediate_size, name="gate")(h)) * Linear(c.intermediate_size, name="up")(h)
-    return x + Linear(c.hidden_size, name="down")(h), None
+    return keep_dealt(x + Linear(c.hidden_size, name="down")(h)), None
 
 
 class VisionTower(nn.Module):

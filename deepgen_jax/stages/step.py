@@ -120,6 +120,7 @@ def make_train_step(loss: Callable, optimizer, schedule, *, accumulate: int, cli
       return losses.mean(), metrics
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    grads = sharding.keep_sharded(grads)
     state = state.replace(
       micro=state.micro + 1, loss=state.loss + value / accumulate, grads=jax.tree.map(jnp.add, state.grads, grads)
     )

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepgen_jax import sharding
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, MicroBatches
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, ImageFolder, RenderedWords
@@ -37,7 +38,7 @@ def build(config, mesh) -> Stage:
     seed=config.seed,
     max_bad_share=config.data.max_bad_share,
   )
-  batches = MicroBatches(spec, make_sources(config.data), tokenizer, jax.process_index(), jax.process_count())
+  batches = MicroBatches(spec, make_sources(config.data), tokenizer, sharding.local_rows(mesh, spec.batch_size))
   encoder = ImageEncoder(model, cache=config.data.cache_images)
   joint = bool(config.lora.targets)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
@@ -45,7 +46,8 @@ def build(config, mesh) -> Stage:
   def init():
     params = loaded
     if "scb" not in params:
-      params = params | jax.jit(lambda key: model.init(key, ("scb",)))(jax.random.key(config.seed))
+      fresh = lambda: model.init(jax.random.key(config.seed), ("scb",))
+      params = params | jax.jit(fresh, out_shardings=sharding.param_shardings(jax.eval_shape(fresh), mesh))()
     if joint:
       params = lora.merge_lora(params)
       key = jax.random.fold_in(jax.random.key(config.seed), 1)
