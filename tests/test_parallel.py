@@ -24,7 +24,7 @@ MESHES = {
   "data x fsdp": {"data": 2, "fsdp": 4},
   "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
 }
-# As few programs as an architecture of every kind of layer allows: two stacked layers each of VLM and SCB, two kinds in the DiT.
+# Small, with every kind of layer: two stacked ones each in VLM and SCB, two kinds in the DiT.
 CONFIG = dataclasses.replace(
   small.CONFIG,
   scb=SCBConfig(num_think_tokens=3, hidden_size=32, intermediate_size=46, num_layers=2, num_heads=4, read_layers=(2,)),
