@@ -25,7 +25,7 @@ python=${VENV:-.venv}/bin/python
 
 gpus=0
 if [[ -n $devices ]]; then
-  export JAX_PLATFORMS=cpu XLA_FLAGS="--xla_force_host_platform_device_count=$devices"
+  export JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=$devices"
 elif command -v nvidia-smi >/dev/null; then
   gpus=$(nvidia-smi --list-gpus | wc -l)
   ((gpus % processes == 0)) || fail "$processes processes can't share $gpus GPUs evenly"

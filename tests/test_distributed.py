@@ -16,13 +16,17 @@ import numpy as np
 import pytest
 from etils import epath
 
-from deepgen_jax import checkpoint, distributed, train
+from deepgen_jax import checkpoint, distributed
 from deepgen_jax.errors import UserError
-from deepgen_jax.models.config import SIZES
-from tests.small import CONFIG, draw_params, save_model
+from tests.small import draw_params, save_model
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 240  # seconds for anything below to happen, on a busy machine
+# Compiled fast: what XLA's optimizer adds on a CPU changes nothing that is tested here.
+ENVIRONMENT = os.environ | {
+  "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+  "PYTHONUNBUFFERED": "1",
+}
 
 
 class Pod:
@@ -39,7 +43,7 @@ class Pod:
     self._log = folder / f"log_{port}"
     command = ["bash", "launch/local.sh", "--processes", "2", "--devices", "4", "--port", port, "--", *options]
     with self._log.open("w") as log:
-      environment = os.environ | {"VENV": str(folder), "PYTHONUNBUFFERED": "1"}
+      environment = ENVIRONMENT | {"VENV": str(folder)}
       self._launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
   @property
@@ -76,11 +80,9 @@ def options(tmp_path_factory):
   def make(workdir, *overrides):
     small = {
       "data.text_buckets": "(128,)",
-      "data.pattern": "('edit','generate')",
+      "data.pattern": "('edit',)",
       "unroll": "false",
-      "eval.every": 2,
-      "eval.samples": 40,
-      "eval.pictures": "false",
+      "eval.every": 0,
       "log.every": 1,
       "checkpoint.every": 2,
       "optim.schedule": "constant",
@@ -94,11 +96,12 @@ def options(tmp_path_factory):
   return make
 
 
-def train_here(argv):
-  arguments, overrides = train.parse_arguments(argv)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(SIZES, "tiny", CONFIG)
-    train.train(train.load_config(arguments.config, overrides), epath.Path(arguments.workdir))
+def train_alone(argv):
+  """One process with eight devices."""
+  flags = f"{ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+  command = [sys.executable, "-m", "tests.small_train", *argv]
+  done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
 
 
 def rows(workdir) -> list[dict]:
@@ -126,14 +129,12 @@ def test_two_processes_are_one_run(options, tmp_path):
   assert checkpoint.stored(epath.Path(pod_dir))[0] == stopped
 
   # On as one process, with other devices along the axes.
-  train_here(options(pod_dir, f"--config.steps={stopped + 1}"))
-  train_here(options(alone, f"--config.steps={stopped + 1}"))
+  train_alone(options(pod_dir, f"--config.steps={stopped + 1}"))
+  train_alone(options(alone, f"--config.steps={stopped + 1}"))
   ours, theirs = losses(pod_dir), losses(alone)
   assert ours.keys() == theirs.keys() and len(ours) == stopped + 1
   for step, values in theirs.items():
     np.testing.assert_allclose(ours[step], values, rtol=1e-5, err_msg=f"update {step}")
-  held_out = lambda d: {row["step"]: row["eval/heldout_loss"] for row in rows(d) if "eval/heldout_loss" in row}
-  assert held_out(pod_dir)[2] == pytest.approx(held_out(alone)[2], rel=1e-5)
 
   # Two again; one of them dies.
   pod = Pod(tmp_path / "venv", options(pod_dir, "--config.steps=100000", "--config.mesh.tensor=8"))

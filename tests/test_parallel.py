@@ -13,6 +13,7 @@ from deepgen_jax.data.sources import Sample
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import DiTConfig, SCBConfig, VAEConfig
 from deepgen_jax.models.deepgen import DeepGen, pad_tokens
+from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.stages.objective import sample_loss
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 from tests import small
@@ -87,15 +88,16 @@ def make_step(stage: str, mesh):
 
 
 def run(stage: str, mesh, batch):
-  """-> gradient sums of one micro-batch, and the losses of three (the third is that of updated weights)."""
+  """-> gradient sums of one micro-batch, the losses of three (the third is that of updated weights), and the program's text."""
   step, state, frozen, rng = make_step(stage, mesh)
   batch, losses = sharding.put_batch(batch, mesh), []
+  step = step.lower(state, frozen, batch, rng).compile()
   for number in range(3):
     state, metrics = step(state, frozen, batch, rng)
     losses.append(float(metrics["micro_loss"]))
     if number == 0:
       grads = jax.device_get(state.grads)
-  return grads, losses
+  return grads, losses, step.as_text()
 
 
 def one_device():
@@ -116,7 +118,8 @@ def alone(batch):
 @pytest.mark.parametrize("kind", MESHES)
 @pytest.mark.parametrize("stage", ["align", "sft"])
 def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
-  grads, losses = run(stage, sharding.make_mesh(MESHES[kind]), batch)
+  mesh = sharding.make_mesh(MESHES[kind])
+  grads, losses, program = run(stage, mesh, batch)
   np.testing.assert_allclose(losses, alone[stage][1], rtol=1e-5)
   assert len(set(losses)) == 3
 
@@ -124,3 +127,39 @@ def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + 1e-9, lora.path_name(path)
 
   jax.tree_util.tree_map_with_path(compare, grads, alone[stage][0])
+  assert bool(stacked_shapes(mesh)) == (kind != "data")
+  whole = [path for path, shape in stacked_shapes(mesh) if f"f32[{','.join(map(str, shape))}]" in program]
+  assert whole == []  # layers are gathered one at a time; the stacked parameter and its gradient stay in shards
+
+
+def stacked_shapes(mesh) -> list[tuple]:
+  """(path, whole shape) of the parameters of two stacked layers that a mesh shards."""
+  found = []
+
+  def visit(path, leaf):
+    if leaf.ndim == 3 and leaf.shape[0] == 2 and any(sharding.partition_spec(path, leaf.shape, mesh)):
+      found.append((path, leaf.shape))
+
+  sharding.map_paths(visit, {k: v for k, v in jax.eval_shape(MODEL.init, jax.random.key(0)).items() if k != "vae"})
+  return [(path, shape) for path, shape in found if "vision" not in path]
+
+
+def draw(pipe) -> np.ndarray:
+  """Four guided latents in two steps."""
+  prompts = [f"a {'very ' * i}red heart" for i in range(4)]
+  pipe._sample = jax.jit(
+    sharding.on_mesh(pipe.mesh, pipe._sample_program), static_argnames=("size", "guided"), compiler_options=FAST
+  )
+  return pipe(prompts, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, output_type="latent").images
+
+
+@pytest.fixture(scope="module")
+def alone_drawn(tokenizer):
+  return draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=one_device()))
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_a_sample_is_that_of_one_device(kind, alone_drawn, tokenizer):
+  mesh = sharding.make_mesh(MESHES[kind])
+  drawn = draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=mesh))
+  assert np.abs(drawn - alone_drawn).max() <= 1e-5 * np.abs(alone_drawn).max()

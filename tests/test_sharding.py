@@ -4,6 +4,7 @@ python -m tests.test_sharding     writes the golden file anew: read its diff
 """
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -85,6 +86,22 @@ def test_large_parameters_are_sharded_many_times():
 def test_every_path_needs_a_row():
   with pytest.raises(UserError, match=r"sharding rules: no row matches .*dit/new_thing"):
     sharding.partition_spec("dit/new_thing", (4, 4), MESH)
+
+
+def devices(slices: int, count: int):
+  """Stand-ins for the devices of several slices."""
+  make = lambda i: SimpleNamespace(id=i, slice_index=i // count, platform="cpu", device_kind="cpu", process_index=i // count)
+  return [make(i) for i in range(slices * count)]
+
+
+@pytest.mark.parametrize("sizes, axis", [((4, 2, 1), 0), ((1, 4, 2), 1)])
+def test_slices_follow_each_other_on_the_first_axis_that_they_divide(sizes, axis):
+  grid = sharding.device_grid(dict(zip(sharding.AXES, sizes)), devices(2, 4))
+  assert grid.shape == sizes
+  first, second = np.split(grid, 2, axis=axis)
+  assert {d.slice_index for d in first.flat} == {0} and {d.slice_index for d in second.flat} == {1}
+  with pytest.raises(UserError, match="none of its axes is a multiple of the 3 slices"):
+    sharding.device_grid({"data": 1, "fsdp": 4, "tensor": 2}, devices(3, 4))
 
 
 @pytest.mark.parametrize("tensor, rows", [(1, range(8)), (2, range(8)), (8, range(8))])
