@@ -3,7 +3,7 @@
 #   bash launch/local.sh --processes 2 [--devices 4] [--port 12765] [--dry-run] -- --config configs/align.py:tiny --workdir DIR ...
 # What follows -- goes to deepgen_jax.train. --devices N gives each process N simulated CPU devices; without it, processes
 # share the machine's GPUs evenly. Ctrl-C and SIGTERM reach all of them, and they save a checkpoint. --dry-run prints what
-# would run. When a process fails, the others have a minute to say so and end.
+# would run. When a process fails, the others end within minutes, with a message.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/common.bash
@@ -49,20 +49,14 @@ for ((index = 0; index < processes; index++)); do
 done
 [[ -z $dry_run ]] || exit 0
 
-trap 'kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
+trap 'told=1; kill -TERM "${pids[@]}" 2>/dev/null || true' TERM INT
 code=0
-for ((left = processes; left > 0; left--)); do
-  status=0
-  wait -n "${pids[@]}" || status=$?
-  while ((status > 128)) && [[ $(jobs -rp | wc -l) -ge $left ]]; do # a signal came, no process ended: wait on
-    status=0
-    wait -n "${pids[@]}" || status=$?
+for pid in "${pids[@]}"; do # where one fails, the others end by themselves
+  told=1
+  while [[ -n $told ]]; do # again, if it was a signal that ended the waiting
+    told="" status=0
+    wait "$pid" || status=$?
   done
-  if ((status && !code)); then
-    code=$status
-    (sleep 90 && kill -KILL "${pids[@]}" 2>/dev/null) & # the others end by themselves well before
-    watch=$!
-  fi
+  ((code)) || code=$status
 done
-[[ -z ${watch:-} ]] || kill "$watch" 2>/dev/null || true
 exit "$code"

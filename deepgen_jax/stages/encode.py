@@ -96,9 +96,8 @@ def encode_batch(
     budget = token_budget([distributed.largest([sum(tokens_of(z, config) for z in row) for row in rows])], token_multiple)
     batch["references"] = _stack([pad_tokens(row, budget, config) for row in rows])
     vision = [np.concatenate([next(features) for _ in images]) for images in host["references"]]
-    longest = token_budget(
-      [distributed.largest([len(v) for v in vision])], max(1, token_multiple // 4)
-    )  # a vision token stands for four of the DiT
+    most = distributed.largest([len(v) for v in vision])
+    longest = token_budget([most], max(1, token_multiple // 4))  # a vision token stands for four of the DiT
     batch["vision"] = np.stack([np.pad(v, ((0, longest - len(v)), (0, 0))) for v in vision])
   return batch
 
