@@ -122,10 +122,13 @@ def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
   mesh = sharding.make_mesh(MESHES[kind])
   grads, losses, program = run(stage, mesh, batch)
   np.testing.assert_allclose(losses, alone(stage)[1], rtol=1e-5)
-  assert len(set(losses)) == 3
+  assert losses[0] == losses[1] != losses[2]
+
+  # A key's bias has no gradient, as softmax doesn't see it: what is there is rounding, in proportion to the others.
+  rounding = 1e-7 * max(np.abs(g).max() for g in jax.tree.leaves(alone(stage)[0]))
 
   def compare(path, a, b):
-    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + 1e-9, lora.path_name(path)
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + rounding, lora.path_name(path)
 
   jax.tree_util.tree_map_with_path(compare, grads, alone(stage)[0])
   assert bool(stacked_shapes(mesh)) == (kind != "data")
