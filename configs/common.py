@@ -53,6 +53,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
     }
   )
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1} if tiny else {"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills
+  c.distributed = "off"  # several processes: "auto" (TPU pods, GKE, SLURM, Open MPI) or "HOST:PORT/COUNT/INDEX"
   c.checkpoint = ConfigDict({"every": 500, "keep": 2})
   c.log = ConfigDict({"every": 10})
   # every: updates (0: never); samples: held-out ones of a task that are judged; pictures: grids of what the weights make

@@ -8,16 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from deepgen_jax import sharding
 from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.sources import Source
 from deepgen_jax.errors import UserError
 from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.pipeline import DeepGenPipeline
-from deepgen_jax.sharding import batch_sharding, replicated
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch
 from deepgen_jax.stages.objective import sample_loss
 
@@ -36,14 +35,19 @@ class HeldOut:
     spec = DataSpec(image_size=config.image_size, num_think_tokens=config.scb.num_think_tokens, text_buckets=(128, 1024))
     self._batches, self._samples = [], {}
     divided = BATCH % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
-    self._sharding = batch_sharding(mesh) if divided else replicated(mesh)
+    self._sharding = sharding.batch_sharding(mesh) if divided else sharding.replicated(mesh)
     for task, source in sources.items():
       for start in range(0, min(len(source), count) - BATCH + 1, BATCH):
         ids = range(start, start + BATCH)
         samples = [source[i] for i in ids]
         self._samples.setdefault(task, samples)
         self._batches.append((task, host_batch(samples, ids, spec, tokenizer)))
-    self._judge = jax.jit(lambda params, batch, keys: sample_loss(model, params, batch, keys, joint=False, drop=False))
+
+    def judge(params, batch):
+      keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["sample_id"])
+      return sample_loss(model, params, batch, keys, joint=False, drop=False)
+
+    self._judge = jax.jit(sharding.on_mesh(mesh, judge), out_shardings=sharding.replicated(mesh))
 
   def losses(self, params) -> dict[str, float]:
     """-> mean loss of each task; the noise and the time of a sample follow from its place."""
@@ -51,9 +55,8 @@ class HeldOut:
     sums: dict[str, list] = {}
     for task, host in self._batches:
       batch = encode_batch(self._model, params, self._encoder, host, 16, self._model.scale)
-      keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(jnp.asarray(host["sample_id"]))
-      batch, keys = jax.device_put((batch, keys), self._sharding)
-      sums.setdefault(task, []).append(self._judge(params, batch, keys))
+      batch = sharding.place(batch, jax.tree.map(lambda _: self._sharding, batch))
+      sums.setdefault(task, []).append(self._judge(params, batch))
     return {task: float(np.mean(jax.device_get(values))) for task, values in sums.items()}
 
   def pictures(self, pipe: DeepGenPipeline, params) -> dict[str, np.ndarray]:

@@ -94,6 +94,16 @@ class Log:
           events.unlink()
 
 
+class Silent:
+  """A Log that keeps to itself: of several processes one writes."""
+
+  def __init__(self, *args):
+    """Takes what `Log` takes."""
+
+  def __getattr__(self, name: str):
+    return lambda *args, **kwargs: None
+
+
 class Profiler:
   """Traces updates START to END (exclusive) into a folder that TensorBoard and Perfetto read; "" traces nothing."""
 

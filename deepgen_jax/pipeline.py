@@ -60,11 +60,12 @@ class DeepGenPipeline:
     self.model = DeepGen(config, _dtype(dtype), unroll, attention=attention)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = jax.device_put(merged, sharding.param_shardings(merged, self.mesh))
-    self._condition = jax.jit(sharding.on_mesh(self.mesh, self.model.condition))
-    self._features = jax.jit(self.model.vision_features)
-    self._moments = jax.jit(self.model.encode_moments)
-    self._decode = jax.jit(self.model.decode)
-    self._velocity = jax.jit(sharding.on_mesh(self.mesh, self._velocity_program))
+    program = lambda fn: jax.jit(sharding.on_mesh(self.mesh, fn))
+    self._condition = program(self.model.condition)
+    self._features = program(self.model.vision_features)
+    self._moments = program(self.model.encode_moments)
+    self._decode = program(self.model.decode)
+    self._velocity = program(self._velocity_program)
     self._sample = jit_sampler(self.model, self.mesh)
 
   @classmethod

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepgen_jax.errors import UserError
@@ -54,7 +55,24 @@ def make_mesh(shape: dict[str, int] | None = None, devices: Sequence[jax.Device]
     raise UserError(f"config.mesh {sizes} doesn't fit {len(devices)} devices; at most one axis may be -1 (it fills)")
   if fill:
     sizes[fill[0]] = len(devices) // known
-  return jax.make_mesh(tuple(sizes[a] for a in AXES), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  return Mesh(device_grid(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def device_grid(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Devices in the mesh's shape, neighbours along the axes that talk most.
+
+  Slices of a TPU pod, or GPU nodes, which a slower network connects, follow each other on the first axis that they divide.
+  """
+  shape = [sizes[axis] for axis in AXES]
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+  axis = next((i for i, size in enumerate(shape) if size % slices == 0), None)
+  if axis is None:
+    raise UserError(f"config.mesh {sizes}: none of its axes is a multiple of the {slices} slices or nodes; make data one")
+  across, inside = [1, 1, 1], list(shape)
+  across[axis], inside[axis] = slices, shape[axis] // slices
+  return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def lookup(table: Sequence[tuple[str, Any]], path: str, name: str) -> Any:

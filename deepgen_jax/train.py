@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 
 import jax
 import numpy as np
 from etils import epath
 
-from deepgen_jax import checkpoint, sharding, stages
+from deepgen_jax import checkpoint, distributed, sharding, stages
 from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
-from deepgen_jax.config import load_config, to_json
+from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import UserError, run_command
-from deepgen_jax.log import Log, Profiler
+from deepgen_jax.log import Log, Profiler, Silent
 from deepgen_jax.stages.step import full_params, in_compute_dtype, jit_step
 
 
@@ -27,35 +26,36 @@ def train(config, workdir: epath.Path) -> None:
   config.init.
   """
   config_json = to_json(config)
-  checkpoint.check_config(workdir, config_json)
+  distributed.check_same(json.dumps({k: v for k, v in flatten(config) if k != "distributed"}, default=str))
+  distributed.on_main(lambda: checkpoint.check_config(workdir, config_json))
   mesh = sharding.make_mesh(config.mesh.to_dict())
   profiler = Profiler(config.profile, workdir / "profile")
   stage = stages.build(config, mesh, workdir)
   accumulate = stage.host_batches or len(config.data.pattern)
   if config.steps % stage.period:
     raise UserError(f"config.steps is {config.steps}; updates come {stage.period} at a time here: give a multiple of that")
-  workdir.mkdir(parents=True, exist_ok=True)
-  held = checkpoint.lock(workdir)
-  (workdir / "config.json").write_text(config_json)
+  held = distributed.on_main(lambda: _take(workdir, config_json))
 
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
-  frozen = jax.device_put(in_compute_dtype(frozen, stage.dtype), sharding.param_shardings(frozen, mesh))
+  frozen = sharding.place(in_compute_dtype(frozen, stage.dtype), sharding.param_shardings(frozen, mesh))
   fresh, state_shardings, step = jit_step(config, stage, trainable, mesh)
   ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
   if ckpt.latest() is None:
+    trainable = sharding.place(trainable, sharding.param_shardings(trainable, mesh))
     state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
   else:
     state, data_state = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
   del trainable
 
-  rng = jax.device_put(jax.random.key(config.seed), sharding.replicated(mesh))
-  put = lambda batch: jax.device_put(batch, sharding.batch_sharding(mesh))
+  rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
 
   done = int(state.step)
-  log = Log(workdir, config.steps, done, config.log.every, stage.images or accumulate * config.data.batch_size)
+  log = (Log if distributed.is_main() else Silent)(
+    workdir, config.steps, done, config.log.every, stage.images or accumulate * config.data.batch_size
+  )
   samples = stage.batches.iterate(data_state["micro_batches"])
-  stop = _stop_on_signal()
+  stop = distributed.Stop(mesh)
   # (update, metrics of its micro-batches on the device, the stage's own): fetched one update late, so that the device never
   # waits for the host
   pending = None
@@ -71,12 +71,13 @@ def train(config, workdir: epath.Path) -> None:
       for _ in range(accumulate):
         for batch in stage.prepare(full_params(state, frozen), next(samples)):
           _count_program(programs, batch, config.max_programs)
-          state, found = step(state, frozen, put(batch), rng)
+          state, found = step(state, frozen, sharding.put_batch(batch, mesh), rng)
           metrics.append(found)
       done += 1
       if pending:
         log.write(*_fetch(pending, stage, config.max_nonfinite))
       pending = (done, metrics, stage.scalars())
+      stop.vote()
       if done % config.log.every == 0:
         _record_data(workdir, stage.batches)
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
@@ -97,6 +98,14 @@ def train(config, workdir: epath.Path) -> None:
     log.close()
     if held:
       held.close()
+
+
+def _take(workdir: epath.Path, config_json: str):
+  """Makes the workdir and this run's own; -> what holds its lock."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  held = checkpoint.lock(workdir)
+  (workdir / "config.json").write_text(config_json)
+  return held
 
 
 def _count_program(programs: set, batch: dict, limit: int) -> None:
@@ -136,24 +145,14 @@ def _report(log: Log, step: int, report) -> None:
 
 
 def _record_data(workdir: epath.Path, batches) -> None:
-  """What became of the data so far: counts of each source, and the samples that were replaced, if any."""
+  """What became of the data so far: counts of each source, and the samples that were replaced, if any. Of several processes
+  each writes of its own rows.
+  """
+  own = "" if distributed.is_main() else f".{jax.process_index()}"
   if counts := batches.counts():
-    (workdir / "data_counts.json").write_text(json.dumps(counts, indent=2) + "\n")
+    (workdir / f"data_counts{own}.json").write_text(json.dumps(counts, indent=2) + "\n")
   if bad := batches.bad_samples():
-    (workdir / "bad_samples.jsonl").write_text("".join(json.dumps(b._asdict()) + "\n" for b in bad))
-
-
-def _stop_on_signal() -> list:
-  """An empty list that SIGTERM or the first Ctrl-C fills: the loop then saves and ends."""
-  stop: list = []
-
-  def handler(number, frame):
-    stop.append(number)
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process
-
-  for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, handler)
-  return stop
+    (workdir / f"bad_samples{own}.jsonl").write_text("".join(json.dumps(b._asdict()) + "\n" for b in bad))
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -177,6 +176,7 @@ def main() -> None:
   keep_compiled_programs()
   arguments, overrides = parse_arguments(sys.argv[1:])
   config = load_config(arguments.config, overrides)
+  distributed.start(config.distributed)
   train(config, epath.Path(arguments.workdir))
 
 

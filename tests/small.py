@@ -39,7 +39,7 @@ CONFIG = DeepGenConfig(
 )
 
 
-def draw_params():
+def draw_params(config=CONFIG):
   """Random weights of ordinary size, heads that would start at zero too; drawn from the shapes, so that nothing compiles."""
   rng = np.random.default_rng(0)
 
@@ -49,7 +49,7 @@ def draw_params():
       return np.float32(0.1 * noise + (name == "scale"))
     return np.float32(noise / np.sqrt(np.prod(leaf.shape[-4:-1] if leaf.ndim == 4 else leaf.shape[-2])))
 
-  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(DeepGen(CONFIG).init, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(DeepGen(config).init, jax.random.key(0)))
 
 
 def save_model(folder, params, parts=PARTS):

@@ -6,7 +6,7 @@ import sys
 import jax
 import pytest
 
-from deepgen_jax import estimate
+from deepgen_jax import estimate, sharding
 from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError
 from deepgen_jax.estimating.inputs import train_batch
@@ -65,7 +65,10 @@ def test_the_batch_is_what_training_makes(emoji_dir, tokenizer):
   """Shapes and types of the representative micro-batches equal those that the stage prepares from real samples."""
   config = load_config("configs/sft.py:tiny", ["data.batch_size=2", f"data.dir={emoji_dir}"])
   model = DeepGen(CONFIG)
-  batches, encoder = supervised.micro_batches(config, CONFIG, tokenizer), ImageEncoder(model, batch=2)
+  batches, encoder = (
+    supervised.micro_batches(config, CONFIG, tokenizer, sharding.make_mesh({"data": 1}, jax.devices()[:1])),
+    ImageEncoder(model, batch=2),
+  )
   for m, task in enumerate(config.data.pattern[:2]):
     real = encode_batch(model, draw_params(), encoder, batches.batch(m), config.data.token_multiple, model.scale)
     ours = train_batch(config, model, task, 30, 2)

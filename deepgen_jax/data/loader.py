@@ -100,17 +100,15 @@ class MicroBatches:
     spec: DataSpec,
     sources: Mapping[str, Sequence[tuple[Source, float]]],
     tokenizer,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
   ):
-    """sources: task -> [(source, weight)]. Sample ids and their order don't depend on the number of hosts.
+    """sources: task -> [(source, weight)]; rows: those of each micro-batch that this host makes (None: all of them). Sample
+    ids and their order don't depend on the number of hosts.
 
-    With several hosts the text bucket is always the largest, since a host doesn't see the others' texts.
-    Raises UserError for an unknown task, a task without sources, or a batch that hosts can't share evenly.
+    A host that doesn't make all rows always takes the largest text bucket, since it doesn't see the others' texts.
+    Raises UserError for an unknown task or a task without sources.
     """
     self.spec, self.tokenizer = spec, tokenizer
-    if spec.batch_size < 1 or spec.batch_size % process_count:
-      raise UserError(f"micro-batch size {spec.batch_size}: it must be a positive multiple of the {process_count} hosts")
     for task in spec.pattern:
       if task not in TASKS:
         raise UserError(f"unknown task {task!r} in the task pattern; use {' or '.join(TASKS)}")
@@ -118,9 +116,8 @@ class MicroBatches:
         raise UserError(
           f"the task pattern has {task!r}, but no data source is given for it; change data.pattern or data.sources"
         )
-    local = spec.batch_size // process_count
-    self._rows = range(process_index * local, (process_index + 1) * local)
-    self._buckets = spec.text_buckets if process_count == 1 else (max(spec.text_buckets),)
+    self._rows = range(spec.batch_size) if rows is None else rows
+    self._buckets = spec.text_buckets if len(self._rows) == spec.batch_size else (max(spec.text_buckets),)
     self._guarded: list[Guarded] = []
     self._streams = {task: self._stream(task, sources[task]) for task in sorted(set(spec.pattern))}
     self._warned = False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import jax
 import numpy as np
 
-from deepgen_jax import sharding
+from deepgen_jax import distributed, sharding
 from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 
 
@@ -20,6 +20,9 @@ class ImageEncoder:
   """Encodes uint8 images [H,W,3] by size, in programs of a fixed batch, so that an image's result doesn't depend on its
   neighbours. With a cache it depends on history which images are encoded together and in which rows, and rows may differ in the
   last bit: there each image is computed by itself, one after the other in one program.
+
+  Of several processes each encodes its own samples, however many that are, on its own devices and with its own copy of the
+  parameters: they never train outside of their pre-training.
   """
 
   def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0, mesh=None):
@@ -28,6 +31,7 @@ class ImageEncoder:
     self.batch = batch if self._sharding is None else batch * mesh.shape["data"] * mesh.shape["fsdp"]
     self._cache_size = cache
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
+    self._copies: dict[str, Mapping] = {}
     features = lambda params, images: (model.vision_features(params, images),)
     wrap = _one_by_one if cache else lambda encode: encode
     self.programs = {"moments": jax.jit(wrap(model.encode_moments)), "features": jax.jit(wrap(features))}
@@ -44,6 +48,7 @@ class ImageEncoder:
     keys = [(program, image.shape, hashlib.blake2b(image.tobytes(), digest_size=16).digest()) for image in images]
     found = {key: self._cache[key] for key in keys if key in self._cache}
     missing = {key: image for key, image in zip(keys, images) if key not in found}
+    params = self._here(program, params)
     for shape in {image.shape for image in missing.values()}:
       group = [(key, image) for key, image in missing.items() if image.shape == shape]
       for start in range(0, len(group), self.batch):
@@ -57,6 +62,15 @@ class ImageEncoder:
     room = self._cache_size - len(self._cache)
     self._cache |= {key: found[key] for key in list(missing)[: max(room, 0)]}
     return [found[key] for key in keys]
+
+  def _here(self, program: str, params):
+    """The parameters where this process can run a program by itself."""
+    if jax.process_count() == 1:
+      return params
+    if program not in self._copies:
+      mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
+      self._copies[program] = distributed.whole_on(params, sharding.param_shardings(params, mesh))
+    return self._copies[program]
 
 
 def _one_by_one(encode: Callable) -> Callable:
@@ -75,7 +89,7 @@ def encode_batch(
   batch = {key: host[key] for key in ("sample_id", "ids", "text_mask", "position_ids", "image_index")}
   config = model.config
   moments = encoder.moments(params, host["target"])
-  budget = token_budget([tokens_of(mean, config) for mean, _ in moments], token_multiple)
+  budget = token_budget([distributed.largest([tokens_of(mean, config) for mean, _ in moments])], token_multiple)
   mean = _stack([pad_tokens([m], budget, config) for m, _ in moments])
   logvar = _stack([pad_tokens([v], budget, config) for _, v in moments])
   batch["target"] = {"mean": mean["tokens"], "logvar": logvar["tokens"], "positions": mean["positions"], "mask": mean["mask"]}
@@ -84,10 +98,11 @@ def encode_batch(
     modes = iter([scale(mean) for mean, _ in encoder.moments(params, flat)])
     features = iter(encoder.features(params, flat))
     rows = [[next(modes) for _ in images] for images in host["references"]]
-    budget = token_budget([sum(tokens_of(z, config) for z in row) for row in rows], token_multiple)
+    budget = token_budget([distributed.largest([sum(tokens_of(z, config) for z in row) for row in rows])], token_multiple)
     batch["references"] = _stack([pad_tokens(row, budget, config) for row in rows])
     vision = [np.concatenate([next(features) for _ in images]) for images in host["references"]]
-    longest = token_budget([len(v) for v in vision], max(1, token_multiple // 4))  # a vision token stands for four of the DiT
+    most = distributed.largest([len(v) for v in vision])
+    longest = token_budget([most], max(1, token_multiple // 4))  # a vision token stands for four of the DiT
     batch["vision"] = np.stack([np.pad(v, ((0, longest - len(v)), (0, 0))) for v in vision])
   return batch
 

@@ -62,7 +62,7 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   dtype = compute_dtype(config.dtype)
   model = DeepGen(sizes, dtype=dtype, unroll=config.unroll)
   judging = judging or load_judging(config)
-  supervised = micro_batches(config, sizes, tokenizer) if g.sft_weight else None
+  supervised = micro_batches(config, sizes, tokenizer, mesh) if g.sft_weight else None
   encoder = ImageEncoder(model, cache=config.data.cache_images)
   pipes: list[DeepGenPipeline] = []  # made of the first weights that are seen
 

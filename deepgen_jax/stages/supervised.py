@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from deepgen_jax import sharding
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, MicroBatches
 from deepgen_jax.data.mixture import is_embedded, open_sources
@@ -30,7 +31,7 @@ def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
   sizes, loaded, tokenizer = load_base(config)
   model = make_model(config, sizes)
-  batches = micro_batches(config, sizes, tokenizer)
+  batches = micro_batches(config, sizes, tokenizer, mesh)
   encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
 
@@ -52,7 +53,7 @@ def build(config, mesh) -> Stage:
     return Report(scalars, held_out.pictures(pipe, params))
 
   return Stage(
-    lambda: complete(config, model, loaded),
+    lambda: complete(config, model, loaded, mesh),
     make_loss(config, model),
     batches,
     lambda params, host: [encode(params, host)],
@@ -74,12 +75,14 @@ def make_model(config, sizes, platform: str | None = None) -> DeepGen:
   return DeepGen(sizes, compute_dtype(config.dtype, platform), config.unroll, config.remat, attention)
 
 
-def complete(config, model: DeepGen, params) -> dict:
+def complete(config, model: DeepGen, params, mesh=None) -> dict:
   """Parameters of a base -> all that the stage has: a fresh SCB where there is none, LoRA where asked for. Traceable, so that
-  `jax.eval_shape` gives the shapes without weights.
+  `jax.eval_shape` gives the shapes without weights. With a mesh a fresh SCB is made in its shards.
   """
   if "scb" not in params:
-    params = params | jax.jit(lambda key: model.init(key, ("scb",)))(jax.random.key(config.seed))
+    fresh = lambda: model.init(jax.random.key(config.seed), ("scb",))
+    shardings = None if mesh is None else sharding.param_shardings(jax.eval_shape(fresh), mesh)
+    params = params | jax.jit(fresh, out_shardings=shardings)()
   if config.lora.targets:
     params = lora.merge_lora(params)
     key = jax.random.fold_in(jax.random.key(config.seed), 1)
@@ -98,8 +101,8 @@ def make_loss(config, model: DeepGen) -> Callable:
   return loss
 
 
-def micro_batches(config, sizes, tokenizer) -> MicroBatches:
-  """The training stream of the config's data block."""
+def micro_batches(config, sizes, tokenizer, mesh) -> MicroBatches:
+  """The training stream of the config's data block: the rows that this process's devices of the mesh hold."""
   spec = DataSpec(
     pattern=tuple(config.data.pattern),
     batch_size=config.data.batch_size,
@@ -112,7 +115,7 @@ def micro_batches(config, sizes, tokenizer) -> MicroBatches:
     filters=Filters(**config.data.filters),
   )
   sources = open_sources(config.data.sources, config.data.dir)
-  return MicroBatches(spec, sources, tokenizer, jax.process_index(), jax.process_count())
+  return MicroBatches(spec, sources, tokenizer, sharding.local_rows(mesh, spec.batch_size))
 
 
 def load_base(config):

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import NamedSharding
@@ -105,7 +104,7 @@ class Weights:
       value = files.read_finite(name, tensor).astype(dtype if large else np.float32)
       if mesh is None:
         return value
-      return jax.device_put(value, NamedSharding(mesh, sharding.partition_spec(name, value.shape, mesh)))
+      return sharding.place(value, NamedSharding(mesh, sharding.partition_spec(name, value.shape, mesh)))
 
     out: dict[str, Any] = {}
     for part in parts:

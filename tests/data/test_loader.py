@@ -75,7 +75,7 @@ def test_draws_do_not_depend_on_batch_or_hosts(tokenizer):
   whole = make(tokenizer, spec).batch(1)
   small = make(tokenizer, change(spec, batch_size=2))
   assert whole["texts"] == [t for m in range(4, 8) for t in small.batch(m)["texts"]]
-  hosts = [make(tokenizer, spec, process_index=i, process_count=2).batch(1) for i in range(2)]
+  hosts = [make(tokenizer, spec, rows=rows).batch(1) for rows in (range(4), range(4, 8))]
   for key in ("ids", "sample_id", "position_ids", "target"):
     np.testing.assert_array_equal(np.concatenate([h[key] for h in hosts]), whole[key])
 
@@ -144,8 +144,6 @@ def test_long_texts_are_cut_to_the_bucket_with_one_warning(tokenizer):
 
 
 def test_what_cannot_work_is_a_user_error(tokenizer):
-  with pytest.raises(UserError, match="positive multiple of the 3 hosts"):
-    make(tokenizer, process_count=3)
   with pytest.raises(UserError, match="unknown task 'paint'"):
     make(tokenizer, change(pattern=("paint",)))
   with pytest.raises(UserError, match="no data source"):

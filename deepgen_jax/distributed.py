@@ -1,0 +1,130 @@
+"""Several processes as one run: how they find each other, what one decides for all, and how they stop together.
+
+The same command runs on every host. JAX connects the processes and watches over them: one that dies is missed within
+`TIMEOUT` seconds, and then the others end with a message instead of waiting for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepgen_jax.errors import UserError
+
+TIMEOUT = 60  # seconds without a sign of life, or at the end of a run without the others
+STARTUP = 300  # seconds that processes wait for the last of them
+MESSAGE = 4096  # bytes of an error that one process tells the others
+
+T = TypeVar("T")
+
+
+def start(spec: str) -> None:
+  """Joins the run that `config.distributed` describes; before anything asks JAX for its devices.
+
+  "off": this process is the whole run. "auto": TPU pods, GKE, SLURM and Open MPI say by themselves who takes part.
+  "HOST:PORT/COUNT/INDEX": process INDEX of COUNT, whose process 0 listens at HOST:PORT. Raises UserError for anything else,
+  and where the others aren't found.
+  """
+  if spec == "off":
+    return
+  options: dict = {}
+  if spec != "auto":
+    found = re.fullmatch(r"(.+:\d+)/(\d+)/(\d+)", spec)
+    if not found or int(found[3]) >= int(found[2]):
+      raise UserError(
+        f"config.distributed {spec!r} is neither off, auto nor HOST:PORT/COUNT/INDEX with an INDEX below COUNT, e.g. "
+        "10.0.0.1:1234/8/0 for the first of eight processes"
+      )
+    options = {"coordinator_address": found[1], "num_processes": int(found[2]), "process_id": int(found[3])}
+    options["cluster_detection_method"] = "deactivate"
+  try:
+    jax.distributed.initialize(
+      **options,
+      initialization_timeout=STARTUP,
+      heartbeat_timeout_seconds=TIMEOUT,
+      shutdown_timeout_seconds=TIMEOUT,
+    )
+  except (ValueError, RuntimeError, TypeError) as error:
+    hint = "say who takes part with HOST:PORT/COUNT/INDEX" if spec == "auto" else "are all started, and is the address right?"
+    raise UserError(f"config.distributed={spec}: the processes of this run don't find each other ({error}); {hint}") from error
+
+
+def is_main() -> bool:
+  """Whether this process writes what a run writes once."""
+  return jax.process_index() == 0
+
+
+def on_main(fn: Callable[[], T]) -> T | None:
+  """fn() on the main process alone, to be called by all: what it returns there, elsewhere None. Its UserError is everyone's."""
+  result, message = None, b""
+  if is_main():
+    try:
+      result = fn()
+    except UserError as error:
+      message = str(error).encode()[:MESSAGE]
+  if jax.process_count() > 1:
+    told = multihost_utils.broadcast_one_to_all(np.frombuffer(message.ljust(MESSAGE, b"\0"), np.uint8))
+    message = bytes(told).rstrip(b"\0")
+  if message:
+    raise UserError(message.decode(errors="replace"))
+  return result
+
+
+def check_same(text: str) -> None:
+  """Raises UserError, on every process, unless all call this with the same text: their configs."""
+  if jax.process_count() == 1:
+    return
+  digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+  if odd := [i for i, digest in enumerate(digests) if bytes(digest) != bytes(digests[0])]:
+    raise UserError(f"processes {odd} were started with another config than process 0; start all with the same options")
+
+
+def largest(counts: Sequence[int]) -> int:
+  """The largest count of all processes, each with its own samples, so that they pad to the same shape; called by all."""
+  own = max(counts)
+  return own if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(own)).max())
+
+
+def whole_on(tree, shardings):
+  """A tree of arrays that several processes hold, in shardings over each one's own devices; called by all, leaf by leaf."""
+  return jax.tree.map(lambda x, s: jax.device_put(multihost_utils.process_allgather(x, tiled=True), s), tree, shardings)
+
+
+class Stop:
+  """Whether the run is to end: SIGTERM or the first Ctrl-C, on any process, ends all of them after the same update.
+
+  With several processes, what one was told reaches the others by a vote in each update, which is read one update late, as the
+  metrics are, so that nobody waits for it.
+  """
+
+  def __init__(self, mesh: Mesh):
+    self._told, self._agreed, self._vote = False, False, None
+    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    self._any = jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    for number in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(number, self._tell)
+
+  def _tell(self, number, frame) -> None:
+    self._told = True
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process
+
+  def vote(self) -> None:
+    """Once an update, on every process."""
+    if jax.process_count() == 1:
+      self._agreed = self._told
+      return
+    if self._vote is not None:
+      self._agreed = bool(self._vote)
+    count = self._sharding.mesh.size
+    self._vote = self._any(jax.make_array_from_callback((count,), self._sharding, lambda index: np.array([self._told])))
+
+  def __bool__(self) -> bool:
+    return self._agreed

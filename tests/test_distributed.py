@@ -1,0 +1,161 @@
+"""Two processes of four devices as one run, started by launch/local.sh: they train as one process does, stop together, are
+resumed by one, and don't outlive each other.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+
+from deepgen_jax import checkpoint, distributed
+from deepgen_jax.errors import UserError
+from tests.small import draw_params, save_model
+
+ROOT = Path(__file__).parent.parent
+LIMIT = 240  # seconds for anything below to happen, on a busy machine
+# Compiled fast: what XLA's optimizer adds on a CPU changes nothing that is tested here.
+ENVIRONMENT = os.environ | {
+  "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+  "PYTHONUNBUFFERED": "1",
+}
+
+
+class Pod:
+  """A run of two processes, and what it prints."""
+
+  def __init__(self, folder: Path, options: list[str]):
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    python = folder / "bin" / "python"  # launch/local.sh runs the python of VENV: here one that knows the small model
+    python.write_text(f'#!/usr/bin/env bash\nshift 2\nexec {sys.executable} -m tests.small_train "$@"\n')
+    python.chmod(0o755)
+    with socket.socket() as free:
+      free.bind(("localhost", 0))
+      port = str(free.getsockname()[1])
+    self._log = folder / f"log_{port}"
+    command = ["bash", "launch/local.sh", "--processes", "2", "--devices", "4", "--port", port, "--", *options]
+    with self._log.open("w") as log:
+      environment = ENVIRONMENT | {"VENV": str(folder)}
+      self._launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+
+  @property
+  def output(self) -> str:
+    return self._log.read_text()
+
+  def wait_for(self, pattern: str) -> re.Match:
+    """Waits until the output matches."""
+    end = time.monotonic() + LIMIT
+    while not (found := re.search(pattern, self.output)):
+      assert self._launcher.poll() is None and time.monotonic() < end, self.output
+      time.sleep(0.2)
+    return found
+
+  def kill(self, index: int, number: int) -> None:
+    """Sends a signal to one process."""
+    os.kill(int(self.wait_for(rf"process {index} of 2: pid (\d+)")[1]), number)
+
+  def wait(self) -> int:
+    """Exit code, once all have ended."""
+    try:
+      return self._launcher.wait(LIMIT)
+    finally:
+      for pid in re.findall(r": pid (\d+)", self.output):
+        subprocess.run(["kill", "-9", pid], capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+  """options(workdir, *overrides) -> arguments of the command; what is learnt at an update doesn't depend on `steps`."""
+  base = save_model(tmp_path_factory.mktemp("base"), draw_params(), ("vlm", "dit", "vae"))
+  data = tmp_path_factory.mktemp("data")
+
+  def make(workdir, *overrides):
+    small = {
+      "data.text_buckets": "(128,)",
+      "data.pattern": "('edit',)",
+      "unroll": "false",
+      "eval.every": 0,
+      "log.every": 1,
+      "checkpoint.every": 2,
+      "optim.schedule": "constant",
+      "optim.warmup": 0.0,
+      "data.dir": data,
+      "init": base,
+    }
+    settings = [f"--config.{key}={value}" for key, value in small.items()]
+    return ["--config", "configs/align.py:tiny", "--workdir", str(workdir), *settings, *overrides]
+
+  return make
+
+
+def train_alone(argv):
+  """One process with eight devices."""
+  flags = f"{ENVIRONMENT['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+  command = [sys.executable, "-m", "tests.small_train", *argv]
+  done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+
+
+def rows(workdir) -> list[dict]:
+  return [json.loads(line) for line in (Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir) -> dict[int, tuple]:
+  return {row["step"]: (row["loss"], row["grad_norm"]) for row in rows(workdir) if "loss" in row}
+
+
+MESH = ("--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2")
+
+
+def test_two_processes_are_one_run(options, tmp_path):
+  pod_dir, alone = tmp_path / "pod", tmp_path / "alone"
+  pod = Pod(tmp_path / "venv", options(pod_dir, "--config.steps=100000", *MESH))
+  pod.wait_for(r"update 3/")
+  pod.kill(1, signal.SIGTERM)  # one is told, both save and end
+  assert pod.wait() == 0, pod.output
+  stopped = int(pod.wait_for(r"stopped at update (\d+)")[1]) if "stopped at" in pod.output else None
+  assert stopped, pod.output
+  assert pod.output.count("stopped at") == 1
+  steps = [row["step"] for row in rows(pod_dir) if "loss" in row]
+  assert steps == list(range(1, stopped + 1))  # each once
+  assert checkpoint.stored(epath.Path(pod_dir))[0] == stopped
+
+  # On as one process, with other devices along the axes.
+  train_alone(options(pod_dir, f"--config.steps={stopped + 1}"))
+  train_alone(options(alone, f"--config.steps={stopped + 1}"))
+  ours, theirs = losses(pod_dir), losses(alone)
+  assert ours.keys() == theirs.keys() and len(ours) == stopped + 1
+  for step, values in theirs.items():
+    np.testing.assert_allclose(ours[step], values, rtol=1e-5, err_msg=f"update {step}")
+
+  # Two again; one of them dies.
+  pod = Pod(tmp_path / "venv", options(pod_dir, "--config.steps=100000", *MESH))
+  pod.wait_for(rf"update {stopped + 3}/")
+  pod.kill(1, signal.SIGKILL)
+  killed = time.monotonic()
+  assert pod.wait() not in (0, 2)
+  assert time.monotonic() - killed < 2 * distributed.TIMEOUT
+  assert re.search("Task 1 heartbeat timeout|Connection closed by peer|Gloo.*fail", pod.output), pod.output
+
+
+@pytest.mark.parametrize("spec", ["on", "localhost/2/0", "localhost:1/2/2", "localhost:1/0/0"])
+def test_what_describes_no_run_is_a_user_error(spec):
+  with pytest.raises(UserError, match="neither off, auto nor HOST:PORT/COUNT/INDEX"):
+    distributed.start(spec)
+
+
+def test_what_fails_on_the_main_process_fails_here():
+  def fail():
+    raise UserError("the folder is full")
+
+  with pytest.raises(UserError, match="the folder is full"):
+    distributed.on_main(fail)
+  assert distributed.on_main(lambda: 3) == 3

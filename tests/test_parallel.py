@@ -1,0 +1,169 @@
+"""Every kind of parallelism on eight devices gives what one device gives: a step of stages 1 and 2, and the sampler."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import align, sft
+from deepgen_jax import sharding
+from deepgen_jax.data.loader import DataSpec, host_batch
+from deepgen_jax.data.sources import Sample
+from deepgen_jax.models import lora
+from deepgen_jax.models.config import DiTConfig, SCBConfig, VAEConfig
+from deepgen_jax.models.deepgen import DeepGen, pad_tokens
+from deepgen_jax.pipeline import DeepGenPipeline
+from deepgen_jax.stages.objective import sample_loss
+from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
+from tests import small
+
+MESHES = {
+  "data": {"data": 8},
+  "fsdp": {"data": 1, "fsdp": 8},
+  "tensor": {"data": 1, "tensor": 8},
+  "data x fsdp": {"data": 2, "fsdp": 4},
+  "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+# Small, with every kind of layer: two stacked ones each in VLM and SCB, two kinds in the DiT.
+CONFIG = dataclasses.replace(
+  small.CONFIG,
+  scb=SCBConfig(num_think_tokens=3, hidden_size=32, intermediate_size=46, num_layers=2, num_heads=4, read_layers=(2,)),
+  dit=DiTConfig(
+    num_layers=2,
+    num_heads=2,
+    head_dim=8,
+    context_size=24,
+    pooled_size=16,
+    dual_attention_layers=(0,),
+    pos_embed_max_size=12,
+    sample_size=8,
+  ),
+  vae=VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4),
+)
+# Compiled fast: what XLA's optimizer adds on a CPU changes nothing that is tested here.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+MODEL = DeepGen(CONFIG)
+
+
+def make_batch(tokenizer) -> dict:
+  """Eight edits with one reference each; latents and vision tokens are drawn instead of encoded."""
+  rng = np.random.default_rng(1)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  blank = np.zeros((64, 64, 3), np.uint8)
+  samples = [Sample("edit", (f"make it {'very ' * i}red",), blank, (blank,)) for i in range(8)]
+  spec = DataSpec(image_size=64, num_think_tokens=CONFIG.scb.num_think_tokens, text_buckets=(128,))
+  host = host_batch(samples, range(8), spec, tokenizer)
+  tokens = lambda: [pad_tokens([draw(8, 8, 16)], 24, CONFIG) for _ in range(8)]
+  stacked = lambda rows: {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+  batch = {key: host[key] for key in ("sample_id", "ids", "text_mask", "position_ids", "image_index")}
+  target, references = stacked(tokens()), stacked(tokens())
+  batch["target"] = {"mean": target.pop("tokens"), "logvar": draw(8, 24, 64) - 3, **target}
+  return batch | {"references": references, "vision": draw(8, 4, 32)}
+
+
+def make_step(stage: str, mesh):
+  """-> (compiled step, state, frozen, rng): an update is two micro-batches."""
+  config = {"align": align, "sft": sft}[stage].get_config("tiny")
+  params = small.draw_params(CONFIG)
+  if config.lora.targets:
+    targets = [target.replace("segments_[0-5]", "segments_0") for target in config.lora.targets]
+    params = lora.add_lora(params, targets, 4, 8.0, jax.random.key(1))
+  trainable, frozen = sharding.partition(params, config.trainable)
+  frozen = sharding.place(frozen, sharding.param_shardings(frozen, mesh))
+  trainable = sharding.place(trainable, sharding.param_shardings(trainable, mesh))
+  config.optim.lr = 100.0  # of which the first update of a warm-up takes a hundred-thousandth
+  optimizer, schedule = make_optimizer(config.optim, 10)
+  fresh = lambda params: init_state(params, optimizer, ema=True)
+  shardings = sharding.state_shardings(jax.eval_shape(fresh, trainable), mesh)
+  state = jax.jit(fresh, out_shardings=shardings)(trainable)
+
+  def loss(params, batch, keys):
+    return sample_loss(MODEL, params, batch, keys, joint=stage == "sft"), {}
+
+  step = make_train_step(loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9)
+  step = jax.jit(sharding.on_mesh(mesh, step), out_shardings=(shardings, sharding.replicated(mesh)), compiler_options=FAST)
+  rng = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
+  return step, state, frozen, rng
+
+
+def run(stage: str, mesh, batch):
+  """-> gradient sums of one micro-batch, the losses of three (the third is that of updated weights), and the program's text."""
+  step, state, frozen, rng = make_step(stage, mesh)
+  batch, losses = sharding.put_batch(batch, mesh), []
+  step = step.lower(state, frozen, batch, rng).compile()
+  for number in range(3):
+    state, metrics = step(state, frozen, batch, rng)
+    losses.append(float(metrics["micro_loss"]))
+    if number == 0:
+      grads = jax.device_get(state.grads)
+  return grads, losses, step.as_text()
+
+
+def one_device():
+  return sharding.make_mesh({"data": 1}, jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def batch(tokenizer):
+  return make_batch(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def alone(batch):
+  """alone(stage): what one device computes."""
+  return functools.cache(lambda stage: run(stage, one_device(), batch))
+
+
+@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
+  mesh = sharding.make_mesh(MESHES[kind])
+  grads, losses, program = run(stage, mesh, batch)
+  np.testing.assert_allclose(losses, alone(stage)[1], rtol=1e-5)
+  assert losses[0] == losses[1] != losses[2]
+
+  # A key's bias has no gradient, as softmax doesn't see it: what is there is rounding, in proportion to the others.
+  rounding = 1e-7 * max(np.abs(g).max() for g in jax.tree.leaves(alone(stage)[0]))
+
+  def compare(path, a, b):
+    assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + rounding, lora.path_name(path)
+
+  jax.tree_util.tree_map_with_path(compare, grads, alone(stage)[0])
+  assert bool(stacked_shapes(mesh)) == (kind != "data")
+  whole = [path for path, shape in stacked_shapes(mesh) if f"f32[{','.join(map(str, shape))}]" in program]
+  assert whole == []  # layers are gathered one at a time; the stacked parameter and its gradient stay in shards
+
+
+def stacked_shapes(mesh) -> list[tuple]:
+  """(path, whole shape) of the parameters of two stacked layers that a mesh shards."""
+  found = []
+
+  def visit(path, leaf):
+    if leaf.ndim == 3 and leaf.shape[0] == 2 and any(sharding.partition_spec(path, leaf.shape, mesh)):
+      found.append((path, leaf.shape))
+
+  sharding.map_paths(visit, {k: v for k, v in jax.eval_shape(MODEL.init, jax.random.key(0)).items() if k != "vae"})
+  return [(path, shape) for path, shape in found if "vision" not in path]
+
+
+def draw(pipe) -> np.ndarray:
+  """Four guided latents in two steps."""
+  prompts = [f"a {'very ' * i}red heart" for i in range(4)]
+  pipe._sample = jax.jit(
+    sharding.on_mesh(pipe.mesh, pipe._sample_program), static_argnames=("size", "guided"), compiler_options=FAST
+  )
+  return pipe(prompts, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, output_type="latent").images
+
+
+@pytest.fixture(scope="module")
+def alone_drawn(tokenizer):
+  return draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=one_device()))
+
+
+@pytest.mark.parametrize("kind", MESHES)
+def test_a_sample_is_that_of_one_device(kind, alone_drawn, tokenizer):
+  mesh = sharding.make_mesh(MESHES[kind])
+  drawn = draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=mesh))
+  assert np.abs(drawn - alone_drawn).max() <= 1e-5 * np.abs(alone_drawn).max()
