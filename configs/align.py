@@ -27,6 +27,6 @@ def get_config(size: str = "tiny"):
   if size == "tiny":
     c.optim.lr, c.optim.warmup, c.optim.lr_groups = 3e-3, 0.1, LR_GROUPS
     c.timesteps.weighting, c.timesteps.logit_mean = "logit_normal", 1.0
-    c.steps = 240
-    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 80, 2, 80
+    c.steps = 200
+    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 100, 2, 100
   return c

@@ -33,6 +33,6 @@ def get_config(size: str = "tiny"):
     c.optim.lr, c.optim.warmup, c.optim.lr_groups = 1.5e-3, 0.05, LR_GROUPS
     c.optim.ema = 0.98
     c.timesteps.weighting, c.timesteps.logit_mean = "logit_normal", 1.0
-    c.steps = 150
-    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 75, 2, 75
+    c.steps = 120
+    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 60, 2, 60
   return c
