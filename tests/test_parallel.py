@@ -14,7 +14,7 @@ from deepgen_jax.data.sources import Sample
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import DiTConfig, SCBConfig, VAEConfig
 from deepgen_jax.models.deepgen import DeepGen, pad_tokens
-from deepgen_jax.pipeline import DeepGenPipeline
+from deepgen_jax.pipeline import DeepGenPipeline, sample_images
 from deepgen_jax.stages.objective import sample_loss
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 from tests import small
@@ -151,9 +151,8 @@ def stacked_shapes(mesh) -> list[tuple]:
 def draw(pipe) -> np.ndarray:
   """Four guided latents in two steps."""
   prompts = [f"a {'very ' * i}red heart" for i in range(4)]
-  pipe._sample = jax.jit(
-    sharding.on_mesh(pipe.mesh, pipe._sample_program), static_argnames=("size", "guided"), compiler_options=FAST
-  )
+  program = sharding.on_mesh(pipe.mesh, functools.partial(sample_images, pipe.model))
+  pipe._sample = jax.jit(program, static_argnames=("size", "guided"), compiler_options=FAST)
   return pipe(prompts, height=32, width=32, num_inference_steps=2, guidance_scale=3.0, output_type="latent").images
 
 
