@@ -29,7 +29,9 @@ from deepgen_jax.weights.load import load_model
 
 def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
-  sizes, loaded, tokenizer = load_base(config)
+  sizes, params, tokenizer = load_base(config, mesh)
+  loaded = [params]  # taken out once: training's own copy shall be the only one
+  del params
   model = make_model(config, sizes)
   batches = micro_batches(config, sizes, tokenizer, mesh)
   encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
@@ -53,7 +55,7 @@ def build(config, mesh) -> Stage:
     return Report(scalars, held_out.pictures(pipe, params))
 
   return Stage(
-    lambda: complete(config, model, loaded, mesh),
+    lambda: complete(config, model, loaded.pop(), mesh),
     make_loss(config, model),
     batches,
     lambda params, host: [encode(params, host)],
@@ -118,11 +120,13 @@ def micro_batches(config, sizes, tokenizer, mesh) -> MicroBatches:
   return MicroBatches(spec, sources, tokenizer, sharding.local_rows(mesh, spec.batch_size))
 
 
-def load_base(config):
-  """Sizes, parameters and tokenizer of `config.init`; the size must be the one that the config is for."""
+def load_base(config, mesh):
+  """Sizes, parameters (float32, in their shards on the mesh) and tokenizer of `config.init`; the size must be the one that the
+  config is for.
+  """
   if not config.init:
     raise UserError("config.init is empty: name the model to start from, e.g. --config.init=tiny or a model directory")
-  sizes, params, tokenizer = load_model(config.init, weights="raw")
+  sizes, params, tokenizer = load_model(config.init, weights="raw", mesh=mesh)
   wanted = SIZES[config.size]
   tied = lambda text: dataclasses.replace(text, tie_word_embeddings=True)  # training never reads the head
   if (sizes.dit, tied(sizes.text)) != (wanted.dit, tied(wanted.text)):
