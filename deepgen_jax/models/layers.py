@@ -29,38 +29,10 @@ REMAT = {
 }
 
 
-@jax.custom_vjp
-def _matmul(x: Array, kernel: Array) -> Array:
-  """x [..., in] @ kernel [in, out]. A plain product, but for how the CPU computes the kernel's gradient."""
-  return x @ kernel
-
-
-def _matmul_forward(x, kernel):
-  saved = x.value if kernel.perturbed else None  # nothing is kept for a frozen kernel
-  return x.value @ kernel.value, (saved, kernel.value)
-
-
-def _matmul_backward(saved, gradient):
-  x, kernel = saved
-  by_x = gradient @ kernel.T
-  if x is None:
-    return by_x, None
-  x, gradient = (a.reshape(-1, a.shape[-1]) for a in (x, gradient))
-  return by_x, jax.lax.platform_dependent(x, gradient, cpu=_transposed_matmul, default=lambda x, g: x.T @ g)
-
-
-def _transposed_matmul(x, gradient):
-  """XLA's CPU compiler multiplies by a transposed first operand at half the speed that it has for a copy of it."""
-  return jax.lax.optimization_barrier(x.T) @ gradient
-
-
-_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
-
-
 def linear(x: Array, kernel: Array | LoraKernel, bias: Array | None = None) -> Array:
   """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of x. A LoraKernel adds scale * (drop(x) a) b."""
   base = kernel.kernel if isinstance(kernel, LoraKernel) else kernel
-  y = _matmul(x, base.astype(x.dtype))
+  y = x @ base.astype(x.dtype)
   if isinstance(kernel, LoraKernel):
     y = y + lora_delta(x, kernel)
   return y if bias is None else y + bias.astype(x.dtype)
@@ -100,23 +72,7 @@ def attention(
     rows = jnp.arange(q.shape[1])[:, None] + causal_offset
     causal = (jnp.arange(k.shape[1])[None, :] <= rows)[None]
     mask = causal if mask is None else mask & causal
-  return _xla_attention(q, k, v, mask)
-
-
-def _xla_attention(q, k, v, mask):
-  """`attention` under a mask [B or 1,T,S] (or None). Heads come first, and keys are transposed once, behind a barrier: so the
-  large products of the forward and of the backward pass read their operands in the order that is fast on a CPU.
-  """
-  batch, length, heads, size = q.shape
-  group = heads // k.shape[2]  # query heads that share keys; they are stacked along the queries
-  q = (q * size**-0.5).reshape(batch, length, -1, group, size).transpose(0, 2, 3, 1, 4).reshape(batch, -1, group * length, size)
-  k = jax.lax.optimization_barrier(k.transpose(0, 2, 3, 1))
-  scores = jnp.einsum("bktd,bkds->bkts", q, k, preferred_element_type=jnp.float32)
-  if mask is not None:
-    scores = jnp.where(jnp.tile(mask, (1, group, 1))[:, None], scores, jnp.finfo(jnp.float32).min)
-  out = jnp.einsum("bkts,bksd->bktd", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v.swapaxes(1, 2))
-  out = out.reshape(batch, -1, group, length, size).transpose(0, 3, 1, 2, 4)
-  return out.reshape(batch, length, heads, size)
+  return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None], implementation="xla")
 
 
 def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, eps: float = 1e-6) -> Array:
