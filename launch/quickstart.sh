@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The whole of it in miniature, on a CPU: starts from the tiny base that is shipped, aligns, fine-tunes, learns from a reward, and
-# scores the model before and after each stage on emoji that it has never seen. Writes runs/quickstart/{report.html,report.png,scores.json}.
+# The whole of it in miniature, on a CPU: starts from the tiny base that is shipped, aligns, fine-tunes, and scores the model
+# before and after each stage on emoji that it has never seen. Writes runs/quickstart/{report.html,report.png,scores.json}.
 #   bash launch/quickstart.sh
 # Run again, it goes on where it stopped; remove runs/quickstart to begin anew. QUICKSTART_STEPS=2 makes a rehearsal with
-# two updates a stage and a small evaluation, in runs/quickstart-2.
+# two updates a stage and a small evaluation, in runs/quickstart-2. QUICKSTART_RL=1 adds stage 3, for some minutes more.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh demo
@@ -13,7 +13,7 @@ python=${VENV:-.venv}/bin/python
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-output=runs/quickstart evaluation=(--edits 80)
+output=runs/quickstart evaluation=(--edits 120)
 training=(--config.eval.pictures=false --config.eval.samples=80) # what is scored below, needn't be drawn on the way
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
   output=runs/quickstart-$QUICKSTART_STEPS
@@ -42,12 +42,20 @@ train align
 evaluate align "$output/align"
 train sft "--config.init=$output/align"
 evaluate sft "$output/sft"
-# Without rendered words, whose reward needs the package's extra `ocr`; the evaluation below judges the same reward.
-emoji="(('emoji',{'emoji_similarity':1.0}),)"
-train grpo "--config.init=$output/sft" --config.eval.every=0 "--config.grpo.rewards=$emoji"
-evaluate grpo "$output/grpo"
+stages=(start align sft)
+if [[ -n ${QUICKSTART_RL:-} ]]; then
+  # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
+  emoji="(('emoji',{'emoji_similarity':1.0}),)"
+  train grpo "--config.init=$output/sft" --config.eval.every=0 "--config.grpo.rewards=$emoji"
+  evaluate grpo "$output/grpo"
+  stages+=(grpo)
+fi
 
 clock "report"
-"$python" -m deepgen_jax.report --output "$output" --run "align=$output/align" --run "sft=$output/sft" --run "grpo=$output/grpo" \
-  --stage "start=$output/eval/start" --stage "align=$output/eval/align" --stage "sft=$output/eval/sft" --stage "grpo=$output/eval/grpo"
+drawn=()
+for stage in "${stages[@]}"; do
+  drawn+=(--stage "$stage=$output/eval/$stage")
+  [[ $stage == start ]] || drawn+=(--run "$stage=$output/$stage")
+done
+"$python" -m deepgen_jax.report --output "$output" "${drawn[@]}"
 clock "done: open $output/report.html"
