@@ -143,7 +143,7 @@ def test_two_processes_are_one_run(options, tmp_path):
   killed = time.monotonic()
   assert pod.wait() not in (0, 2)
   assert time.monotonic() - killed < 2 * distributed.TIMEOUT
-  assert re.search("Task 1 heartbeat timeout|Connection closed by peer|Gloo.*fail", pod.output), pod.output
+  assert re.search("stopped sending heartbeats|heartbeat timeout|Connection closed by peer|Gloo.*fail", pod.output), pod.output
 
 
 @pytest.mark.parametrize("spec", ["on", "localhost/2/0", "localhost:1/2/2", "localhost:1/0/0"])
