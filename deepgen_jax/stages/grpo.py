@@ -56,9 +56,11 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   """Stage 3 from a config; `judging` replaces what the config says of prompts and rewards."""
   g = config.grpo
   check(config, mesh.shape["data"] * mesh.shape["fsdp"])
-  sizes, loaded, tokenizer = load_base(config)
-  if "scb" not in loaded:
+  sizes, params, tokenizer = load_base(config, mesh)
+  if "scb" not in params:
     raise UserError(f"config.init {config.init!r} has no SCB: it is a base for stage 1. Give the run or model of stage 2.")
+  loaded = [params]  # taken out once: training's own copy shall be the only one
+  del params
   dtype = compute_dtype(config.dtype)
   model = DeepGen(sizes, dtype=dtype, unroll=config.unroll)
   judging = judging or load_judging(config)
@@ -76,12 +78,12 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   rollouts = Rollouts(config, pipe, model, mesh, judging.prompts, judging.score, Answers(epath.Path(workdir) / "rewards"))
 
   def init():
-    params = lora.merge_lora(loaded)
+    params = lora.merge_lora(loaded.pop())
     if config.lora.targets:
       key = jax.random.fold_in(jax.random.key(config.seed), 1)
       return lora.add_lora(params, config.lora.targets, config.lora.rank, config.lora.alpha, key)
     if g.kl_weight:  # a copy of its own: buffers of what trains are given away
-      params = params | {"reference": {"dit": jax.tree.map(np.array, params["dit"])}}
+      params = params | {"reference": {"dit": jax.tree.map(jnp.copy, params["dit"])}}
     return params
 
   def prepare(params, host):

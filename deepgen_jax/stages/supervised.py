@@ -26,7 +26,9 @@ from deepgen_jax.weights.load import load_model
 
 def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
-  sizes, loaded, tokenizer = load_base(config)
+  sizes, params, tokenizer = load_base(config, mesh)
+  loaded = [params]  # taken out once: training's own copy shall be the only one
+  del params
   model = DeepGen(sizes, dtype=compute_dtype(config.dtype), unroll=config.unroll)
   batches = micro_batches(config, sizes, tokenizer)
   encoder = ImageEncoder(model, cache=config.data.cache_images)
@@ -34,7 +36,7 @@ def build(config, mesh) -> Stage:
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
 
   def init():
-    params = loaded
+    params = loaded.pop()
     if "scb" not in params:
       params = params | jax.jit(lambda key: model.init(key, ("scb",)))(jax.random.key(config.seed))
     if joint:
@@ -84,11 +86,13 @@ def micro_batches(config, sizes, tokenizer) -> MicroBatches:
   return MicroBatches(spec, sources, tokenizer, jax.process_index(), jax.process_count())
 
 
-def load_base(config):
-  """Sizes, parameters and tokenizer of `config.init`; the size must be the one that the config is for."""
+def load_base(config, mesh):
+  """Sizes, parameters (float32, each gone straight to its shards on the mesh) and tokenizer of `config.init`; the size must be
+  the one that the config is for.
+  """
   if not config.init:
     raise UserError("config.init is empty: name the model to start from, e.g. --config.init=tiny or a model directory")
-  sizes, params, tokenizer = load_model(config.init, weights="raw")
+  sizes, params, tokenizer = load_model(config.init, weights="raw", mesh=mesh)
   wanted = SIZES[config.size]
   tied = lambda text: dataclasses.replace(text, tie_word_embeddings=True)  # training never reads the head
   if (sizes.dit, tied(sizes.text)) != (wanted.dit, tied(wanted.text)):
