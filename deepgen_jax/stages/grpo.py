@@ -33,7 +33,7 @@ from deepgen_jax.stages.encode import ImageEncoder, encode_batch
 from deepgen_jax.stages.objective import sample_loss
 from deepgen_jax.stages.rollouts import INPUTS, Answers, Rollouts, items_of, reward_scalars
 from deepgen_jax.stages.stage import Report, Stage
-from deepgen_jax.stages.supervised import compute_dtype, load_base, micro_batches
+from deepgen_jax.stages.supervised import load_base, make_model, micro_batches
 
 NFT_DEVIATION = 0.1  # the reference's placeholder for the sampler's deviation in diffusion_nft's KL
 FLOAT32_DIFFERENCE = 1e-5  # how far a replayed log-probability may be from the rollout's
@@ -61,11 +61,11 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
     raise UserError(f"config.init {config.init!r} has no SCB: it is a base for stage 1. Give the run or model of stage 2.")
   loaded = [params]  # taken out once: training's own copy shall be the only one
   del params
-  dtype = compute_dtype(config.dtype)
-  model = DeepGen(sizes, dtype=dtype, unroll=config.unroll)
+  model = make_model(config, sizes)
+  dtype = model.dtype
   judging = judging or load_judging(config)
   supervised = micro_batches(config, sizes, tokenizer, mesh) if g.sft_weight else None
-  encoder = ImageEncoder(model, cache=config.data.cache_images)
+  encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
   pipes: list[DeepGenPipeline] = []  # made of the first weights that are seen
 
   def pipe(params) -> DeepGenPipeline:
@@ -115,6 +115,7 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
     images=g.prompts * g.group_size // g.updates_per_rollout,
     period=g.updates_per_rollout,
     old_decay=tuple(g.nft_old_decay) if g.objective == "diffusion_nft" else None,
+    dtype=dtype,
   )
 
 

@@ -121,8 +121,8 @@ def micro_batches(config, sizes, tokenizer, mesh) -> MicroBatches:
 
 
 def load_base(config, mesh):
-  """Sizes, parameters (float32, in their shards on the mesh) and tokenizer of `config.init`; the size must be the one that the
-  config is for.
+  """Sizes, parameters (float32, each gone straight to its shards on the mesh) and tokenizer of `config.init`; the size must be
+  the one that the config is for.
   """
   if not config.init:
     raise UserError("config.init is empty: name the model to start from, e.g. --config.init=tiny or a model directory")

@@ -50,6 +50,7 @@ class Opened:
   config: dict[str, Any] = field(default_factory=dict)
   leaves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
   states: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+  constants: dict[str, Tensor] = field(default_factory=dict)  # of the DiT, stored though it isn't
   factors: dict[str, Factors] = field(default_factory=dict)
   pairs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
   scale_of: ScaleOf = field(default=lora_format.checkpoint_scale(None))
@@ -159,6 +160,8 @@ def _compose_config(layers: Sequence[Opened]) -> DeepGenConfig:
   found = {}
   for layer in reversed(layers):
     found |= layer.config
+    if isinstance(scb := layer.config.get("scb"), SCBConfig):  # says what the tensors of a layer above don't
+      found["connector"] = hf_config.scb_json(scb)
   needed = {"text": "the VLM (a Qwen2.5-VL folder)", "dit": "the DiT and", "vae": "the VAE (a diffusers folder)"}
   if missing := [what for name, what in needed.items() if name not in found]:
     given = ", ".join(layer.where for layer in layers)
@@ -186,11 +189,12 @@ def _lay_over(below: Weights, layer: Opened, parts: Sequence[str]) -> Weights:
       file = "/".join(("", *diffusers.FILES[part])) if layer.kind == "diffusers folder" else ""
       raise UserError(f"{layer.where}{file}: {error}") from error
   new = dict(layer.factors)
-  if layer.pairs:
-    try:
+  try:
+    to_leaves(diffusers.table("dit", config), layer.constants, {})  # they must be what the base implies
+    if layer.pairs:
       new |= _to_factors(layer, _tie(config, False), leaves)  # the table of an untied model knows the head too
-    except UserError as error:
-      raise UserError(f"{layer.where}: {error}") from error
+  except UserError as error:
+    raise UserError(f"{layer.where}: {error}") from error
   if new:
     older = Weights(config, leaves, factors, None).merged()  # LoRA upon LoRA: the older one becomes part of the kernels
     config, leaves, factors = older.config, dict(older.leaves), new
@@ -332,8 +336,8 @@ def _open_checkpoint(file: epath.Path, lora_alpha: float | None) -> Opened:
     opened.pairs = lora_format.pair_up(lora)
   except UserError as error:
     raise UserError(f"{file}: {error}") from error
-  if states.get("dit", {}).keys() == {"pos_embed.pos_embed"}:
-    del states["dit"]  # after stage 1 only this constant is there; the DiT itself is the base's
+  if states.get("dit", {}).keys() == {"pos_embed.pos_embed"}:  # after stage 1; the DiT itself is the base's
+    opened.constants = states.pop("dit")
   if "scb" in states:
     opened.config["scb"] = (states["scb"], str(file))
   opened.states = states

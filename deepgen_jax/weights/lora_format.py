@@ -12,7 +12,6 @@ vision tower) has one A there and three equal ones here; layers without LoRA hav
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax.errors import UserError, nearest
+from deepgen_jax.weights import hf_config
 from deepgen_jax.weights import tensors as files
 from deepgen_jax.weights.tensors import Tensor
 from deepgen_jax.weights.torch_format import Row, Table
@@ -208,7 +208,7 @@ def open_adapter(folder, alpha: float | None = None) -> tuple[dict[str, Tensor],
   Raises UserError for adapters that aren't plain LoRA.
   """
   folder = epath.Path(folder)
-  config = json.loads((folder / "adapter_config.json").read_text())
+  config = hf_config.read_json(folder / "adapter_config.json")
   plain = {"peft_type": ("LORA",), "use_dora": (False, None), "bias": ("none", None), "fan_in_fan_out": (False, None)}
   for key, allowed in plain.items():
     if key in config and config[key] not in allowed:
@@ -253,4 +253,4 @@ def save_adapter(folder, table: Table, factors: Mapping[str, Factors], base: str
     "alpha_pattern": {module: scale * r for module, r in ranks.items() if r != rank},
   }
   files.write_file(folder / ADAPTER, tensors)
-  (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+  hf_config.write_json(folder / "adapter_config.json", config)

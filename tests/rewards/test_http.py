@@ -78,8 +78,9 @@ def test_a_bug_in_asking_is_raised():
 
 def test_a_process_that_is_interrupted_does_not_wait_for_a_hanging_server():
   code = """
-import sys
+import signal, sys
 from deepgen_jax.rewards.http import Client
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have switched off for what it runs behind
 Client(sys.argv[1]).map(lambda post, job: post("/ask", {}), [1])
 """
   with servers.serving(servers.hang) as server:

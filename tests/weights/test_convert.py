@@ -298,6 +298,23 @@ def test_stage_one_checkpoint(folders, reference, tmp_path):
   ours, whole = flat(opened), flat(open_weights(folders / "deepgen"))
   assert_same(ours, whole)
   assert "stage: 1 " in inspect(tmp_path / "iter_200000.pth")
+  state |= {key: value + 0.1 for key, value in state.items() if key.endswith("pos_embed.pos_embed")}
+  torch.save(state, tmp_path / "other.pth")
+  with pytest.raises(UserError, match=r"(?s)other\.pth: .*pos_embed.pos_embed: differs by up to 0\.1"):
+    open_weights(tmp_path / "other.pth", [folders / "qwen", folders / "sd3"])
+
+
+def test_a_model_directory_says_what_a_checkpoint_does_not(folders, checkpoint, tmp_path):
+  """How many heads the SCB has, and which states it reads."""
+  torch.save(checkpoint, tmp_path / "model.pt")
+  convert(open_weights(folders / "deepgen"), tmp_path / "ours")
+  assert open_weights(tmp_path / "model.pt", tmp_path / "ours").config.scb == CONFIG.scb
+
+
+def test_a_damaged_adapter_config_is_named(folders, tmp_path):
+  (tmp_path / "adapter_config.json").write_text("{")
+  with pytest.raises(UserError, match=r"adapter_config\.json is no JSON"):
+    open_weights(tmp_path, folders / "deepgen")
 
 
 def change(name, value):

@@ -20,18 +20,12 @@ from deepgen_jax.errors import UserError, nearest
 _IMAGE_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"BM")
 
 
-class ArrayRecords:
-  """The records of ArrayRecord files, in order of file."""
+class _Records:
+  """Serialised `tf.train.Example`s, read at random."""
 
-  def __init__(self, path, *, task="", text="", target="", references=()):
-    """path: a file, a folder, a glob, as "data/train.array_record-{00000..00063}-of-00064". text, target, references: names of
-    features. Raises UserError for what can't be read.
-    """
-    self.name = f"array_record:{path}"
-    files = [os.fspath(file) for file in find_files(path, r"array_?record")]
-    self._records: Sequence[bytes] = _try(lambda: ArrayRecordDataSource(files), self.name)
-    self._fields = as_fields(text, target, references)
-    self._wanted, self.task = task, task or first_task(self._fields, _heads(self._records, self.name), path)
+  def __init__(self, name: str, records: Sequence[bytes], path, task: str, fields):
+    self.name, self._records, self._fields = name, records, fields
+    self._wanted, self.task = task, task or first_task(fields, _heads(records, name), path)
 
   def __len__(self) -> int:
     return len(self._records)
@@ -40,7 +34,20 @@ class ArrayRecords:
     return _sample(self.name, self._records, index, self._wanted, self._fields)
 
 
-class Tfds:
+class ArrayRecords(_Records):
+  """The records of ArrayRecord files, in order of file."""
+
+  def __init__(self, path, *, task="", text="", target="", references=()):
+    """path: a file, a folder, a glob, as "data/train.array_record-{00000..00063}-of-00064". text, target, references: names of
+    features. Raises UserError for what can't be read.
+    """
+    self.name = f"array_record:{path}"
+    files = [os.fspath(file) for file in find_files(path, r"array_?record")]
+    records = _try(lambda: ArrayRecordDataSource(files), self.name)
+    super().__init__(self.name, records, path, task, as_fields(text, target, references))
+
+
+class Tfds(_Records):
   """A split of a data set that TensorFlow Datasets has prepared as ArrayRecord."""
 
   def __init__(self, path, *, task="", split="train", folder="", text="", target="", references=()):
@@ -53,15 +60,8 @@ class Tfds:
     splits = list(builder.info.splits)
     if split.partition("[")[0] not in [*splits, "all"]:
       raise UserError(f"{self.name} has no split {split!r}, but {', '.join(splits)}.{nearest(split, splits)}")
-    self._records: Sequence[bytes] = _try(lambda: _raw(builder, split), self.name)
-    self._fields = as_fields(text, target, references)
-    self._wanted, self.task = task, task or first_task(self._fields, _heads(self._records, self.name), path)
-
-  def __len__(self) -> int:
-    return len(self._records)
-
-  def __getitem__(self, index: int) -> Sample:
-    return _sample(self.name, self._records, index, self._wanted, self._fields)
+    records = _try(lambda: _raw(builder, split), self.name)
+    super().__init__(self.name, records, path, task, as_fields(text, target, references))
 
 
 def _builder(path: str, folder: str):
