@@ -7,6 +7,7 @@ The same command runs on every host. JAX connects the processes and watches over
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import signal
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TypeVar
 
 import jax
 import numpy as np
+from jax._src import distributed as coordination  # its key-value store has no public name
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -87,10 +89,27 @@ def check_same(text: str) -> None:
     raise UserError(f"processes {odd} were started with another config than process 0; start all with the same options")
 
 
-def largest(counts: Sequence[int]) -> int:
-  """The largest count of all processes, each with its own samples, so that they pad to the same shape; called by all."""
-  own = max(counts)
-  return own if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(own)).max())
+def largest(name: str, counts: Sequence[int]) -> list[int]:
+  """Each count's largest value of all processes, which all ask for the same name, once: so that they pad to the same shapes.
+
+  Goes by the service that connects the processes, not by their devices: threads that read ahead may ask. Raises RuntimeError
+  if another one doesn't answer within `STARTUP` seconds.
+  """
+  if jax.process_count() == 1:
+    return [*counts]
+  client = coordination.global_state.client
+  client.key_value_set(f"{name}/{jax.process_index()}", json.dumps([*map(int, counts)]), allow_overwrite=True)
+  try:
+    told = [client.blocking_key_value_get(f"{name}/{other}", STARTUP * 1000) for other in range(jax.process_count())]
+  except jax.errors.JaxRuntimeError as error:
+    raise RuntimeError(f"a process has nothing to say of {name} after {STARTUP} s: its storage may hang ({error})") from error
+  return [max(values) for values in zip(*map(json.loads, told))]
+
+
+def forget(name: str) -> None:
+  """What this process said of a name that everyone has asked for goes out of the service's memory."""
+  if jax.process_count() > 1:
+    coordination.global_state.client.key_value_delete(f"{name}/{jax.process_index()}")
 
 
 def whole_on(tree, shardings):

@@ -51,8 +51,8 @@ how step_s is modelled, and what it leaves out:
   {attention:.0%} of peak, an assumption.
 - collectives cost their bytes over one axis of the torus; those that start early are hidden behind what runs meanwhile.
 - on v5e and v6e an operation that the model can't cost counts as -1 s, which is added back.
-- prompts have {prompt_tokens} tokens besides vision tokens, an edit one reference, images are {side}x{side}. A run on
-  several hosts may pad prompts further. Reading data, host transfers, checkpoints and evaluation are assumed to be hidden.
+- prompts have {prompt_tokens} tokens besides vision tokens, an edit one reference, images are {side}x{side}. Reading data,
+  host transfers, checkpoints and evaluation are assumed to be hidden.
 - the sampler leaves out the encoding of prompts."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import grain
@@ -74,15 +74,32 @@ def prepare(sample: Sample, sample_id: int, spec: DataSpec, tokenizer, train: bo
   return Example(sample_id, text, prompt, target, references)
 
 
-def assemble(task: str, examples: Sequence[Example], spec: DataSpec, buckets: Sequence[int] | None = None) -> dict:
-  """Examples of one task -> the micro-batch dict of the data contract (numpy, host side)."""
+def extents(examples: Sequence[Example]) -> dict[str, int]:
+  """What a micro-batch is padded to holds at least: tokens of a prompt, pixels of a target, pixels of all of a sample's
+  references.
+  """
+  pixels = lambda images: sum(image.shape[0] * image.shape[1] for image in images)
+  return {
+    "text": max(len(e.prompt.ids) for e in examples),
+    "target": max(pixels([e.target]) for e in examples),
+    "references": max(pixels(e.references) for e in examples),
+  }
+
+
+def assemble(task: str, examples: Sequence[Example], spec: DataSpec, room: Mapping[str, int] | None = None) -> dict:
+  """Examples of one task -> the micro-batch dict of the data contract (numpy, host side). room: `extents` to pad to, if more
+  than these examples' own.
+  """
+  room = room or extents(examples)
+  bucket = prompts.pick_bucket(room["text"], spec.text_buckets)
   return {
     "task": task,
     "sample_id": np.array([e.sample_id for e in examples], np.uint32),
     "texts": [e.text for e in examples],
-    **prompts.collate([e.prompt for e in examples], spec.num_think_tokens, buckets or spec.text_buckets),
+    **prompts.collate([e.prompt for e in examples], spec.num_think_tokens, (bucket,)),
     "target": [e.target for e in examples],
     "references": [list(e.references) for e in examples],
+    "extents": dict(room),
   }
 
 
@@ -101,11 +118,11 @@ class MicroBatches:
     sources: Mapping[str, Sequence[tuple[Source, float]]],
     tokenizer,
     rows: Sequence[int] | None = None,
+    agree: Callable[[int, dict[str, int]], dict[str, int]] = lambda m, own: own,
   ):
     """sources: task -> [(source, weight)]; rows: those of each micro-batch that this host makes (None: all of them). Sample
-    ids and their order don't depend on the number of hosts.
+    ids and their order don't depend on the number of hosts. agree(m, own `extents`) -> those of all hosts.
 
-    A host that doesn't make all rows always takes the largest text bucket, since it doesn't see the others' texts.
     Raises UserError for an unknown task or a task without sources.
     """
     self.spec, self.tokenizer = spec, tokenizer
@@ -117,7 +134,7 @@ class MicroBatches:
           f"the task pattern has {task!r}, but no data source is given for it; change data.pattern or data.sources"
         )
     self._rows = range(spec.batch_size) if rows is None else rows
-    self._buckets = spec.text_buckets if len(self._rows) == spec.batch_size else (max(spec.text_buckets),)
+    self._agree = agree
     self._guarded: list[Guarded] = []
     self._streams = {task: self._stream(task, sources[task]) for task in sorted(set(spec.pattern))}
     self._warned = False
@@ -157,7 +174,7 @@ class MicroBatches:
     rounds, place = divmod(m, len(pattern))
     earlier = rounds * pattern.count(task) + pattern[:place].count(task)  # micro-batches of this task before this one
     examples = [self._streams[task][earlier * self.spec.batch_size + row] for row in self._rows]
-    return assemble(task, examples, self.spec, self._buckets)
+    return assemble(task, examples, self.spec, self._agree(m, extents(examples)))
 
   def iterate(self, start: int = 0) -> MicroBatchIterator:
     """Iterates from the start-th micro-batch on, without end."""

@@ -61,7 +61,8 @@ def train_batch(config, model: DeepGen, task: str, prompt_tokens: int, size: int
   prompt = prompts.Prompt(np.zeros(len(is_image), np.int32), ((side, side),) * len(references), is_image)
   buckets = config.data.text_buckets if padded else (len(is_image),)
   texts = prompts.collate([prompt], model.config.scb.num_think_tokens, buckets)
-  host = {"sample_id": np.zeros(1, np.uint32), "target": [image], "references": [references], **texts}
+  room = {"target": side**2, "references": len(references) * side**2}
+  host = {"sample_id": np.zeros(1, np.uint32), "target": [image], "references": [references], "extents": room, **texts}
   multiple = config.data.token_multiple if padded else 1
   batch = encode_batch(model, {}, _Blank(model), host, multiple, lambda mean: mean)
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from deepgen_jax import distributed, sharding
+from deepgen_jax.data.prompts import PIXELS_PER_TOKEN
 from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 
 
@@ -84,12 +85,13 @@ def encode_batch(
   """A host micro-batch (data/loader.py) -> the batch of the train step.
 
   Adds target: mean, logvar [B,N,D], positions, mask; and for edits references: tokens (scaled posterior mode), positions, mask,
-  and vision [B,V,C]. N and R are padded to multiples of `token_multiple`.
+  and vision [B,V,C]. N and R are padded to multiples of `token_multiple`, V to a quarter of it, from the batch's `extents`.
   """
   batch = {key: host[key] for key in ("sample_id", "ids", "text_mask", "position_ids", "image_index")}
   config = model.config
   moments = encoder.moments(params, host["target"])
-  budget = token_budget([distributed.largest([tokens_of(mean, config) for mean, _ in moments])], token_multiple)
+  room, token = host["extents"], (config.vae.factor * config.dit.patch_size) ** 2  # pixels that a token stands for
+  budget = token_budget([room["target"] // token], token_multiple)
   mean = _stack([pad_tokens([m], budget, config) for m, _ in moments])
   logvar = _stack([pad_tokens([v], budget, config) for _, v in moments])
   batch["target"] = {"mean": mean["tokens"], "logvar": logvar["tokens"], "positions": mean["positions"], "mask": mean["mask"]}
@@ -98,18 +100,12 @@ def encode_batch(
     modes = iter([scale(mean) for mean, _ in encoder.moments(params, flat)])
     features = iter(encoder.features(params, flat))
     rows = [[next(modes) for _ in images] for images in host["references"]]
-    budget = token_budget([distributed.largest([sum(tokens_of(z, config) for z in row) for row in rows])], token_multiple)
+    budget = token_budget([room["references"] // token], token_multiple)
     batch["references"] = _stack([pad_tokens(row, budget, config) for row in rows])
     vision = [np.concatenate([next(features) for _ in images]) for images in host["references"]]
-    most = distributed.largest([len(v) for v in vision])
-    longest = token_budget([most], max(1, token_multiple // 4))  # a vision token stands for four of the DiT
+    longest = token_budget([room["references"] // PIXELS_PER_TOKEN**2], max(1, token_multiple // 4))
     batch["vision"] = np.stack([np.pad(v, ((0, longest - len(v)), (0, 0))) for v in vision])
   return batch
-
-
-def tokens_of(latents: np.ndarray, config) -> int:
-  """DiT tokens of latents [h,w,c]."""
-  return latents.shape[0] * latents.shape[1] // config.dit.patch_size**2
 
 
 def _stack(rows: Sequence[dict]) -> dict:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepgen_jax import sharding
+from deepgen_jax import distributed, sharding
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.loader import DataSpec, MicroBatches
 from deepgen_jax.data.mixture import is_embedded, open_sources
@@ -117,7 +117,13 @@ def micro_batches(config, sizes, tokenizer, mesh) -> MicroBatches:
     filters=Filters(**config.data.filters),
   )
   sources = open_sources(config.data.sources, config.data.dir)
-  return MicroBatches(spec, sources, tokenizer, sharding.local_rows(mesh, spec.batch_size))
+  return MicroBatches(spec, sources, tokenizer, sharding.local_rows(mesh, spec.batch_size), _agree)
+
+
+def _agree(m: int, own: dict[str, int]) -> dict[str, int]:
+  """The largest extents of a micro-batch on all hosts. Those of the hundredth before it are in nobody's hands any more."""
+  distributed.forget(f"micro_batch/{m - 100}")
+  return dict(zip(own, distributed.largest(f"micro_batch/{m}", [*own.values()])))
 
 
 def load_base(config, mesh):

@@ -71,11 +71,22 @@ def test_every_update_holds_the_exact_ratio_and_ids_are_unique(tokenizer, patter
 
 
 def test_draws_do_not_depend_on_batch_or_hosts(tokenizer):
-  spec = change(pattern=("generate",), batch_size=8, text_buckets=(128,))
-  whole = make(tokenizer, spec).batch(1)
-  small = make(tokenizer, change(spec, batch_size=2))
+  spec = change(pattern=("generate",), batch_size=8, text_buckets=tuple(range(1, 128)), seed=4)
+  few = [(Numbers(size=11), 1.0)]  # of which one has a longer text
+  whole = make(tokenizer, spec, few).batch(1)
+  small = make(tokenizer, change(spec, batch_size=2), few)
   assert whole["texts"] == [t for m in range(4, 8) for t in small.batch(m)["texts"]]
-  hosts = [make(tokenizer, spec, rows=rows).batch(1) for rows in (range(4), range(4, 8))]
+  rows, said = (range(4), range(4, 8)), []
+
+  def agree(m, own):
+    said.append(own)
+    return {key: max(one[key] for one in said) for key in own}
+
+  hosts = [make(tokenizer, spec, few, rows=r, agree=agree).batch(1) for r in (*rows, *rows)][
+    2:
+  ]  # each has then heard the other
+  assert said[0] != said[1]
+  assert [host["extents"] for host in hosts] == [whole["extents"]] * 2
   for key in ("ids", "sample_id", "position_ids", "target"):
     np.testing.assert_array_equal(np.concatenate([h[key] for h in hosts]), whole[key])
 
