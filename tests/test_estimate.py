@@ -1,5 +1,6 @@
 """The estimate as a command: a small model compiled for a topology that isn't there, what doesn't fit, and mistakes."""
 
+import dataclasses
 import json
 import sys
 
@@ -48,6 +49,24 @@ def test_a_small_model_is_estimated(monkeypatch, capsys):
   assert report["peak_gib"] < report["hbm_gib"] and report["compile_s"] > 0 and report["step_s_slow"] >= report["step_s"] > 0
   assert report["sampler"]["fits"] and report["sampler"]["images_per_s"] > 0 and report["sampler"]["batch"] == 4
   assert "MFU" in printed and "attention kernels" in printed and jax.default_backend() == "cpu"
+
+
+def test_a_full_size_block_of_each_network_compiles_with_its_kernels(monkeypatch, capsys):
+  full = SIZES["full"]
+  blocks = dataclasses.replace(
+    full,
+    text=dataclasses.replace(full.text, num_layers=2),
+    vision=dataclasses.replace(full.vision, num_layers=1, full_attention_layers=(0,)),
+    scb=dataclasses.replace(full.scb, num_layers=1, read_layers=(1,)),
+    dit=dataclasses.replace(full.dit, num_layers=2, dual_attention_layers=(0,)),
+    vae=CONFIG.vae,
+  )
+  monkeypatch.setitem(SIZES, "full", blocks)
+  options = ["--config.data.pattern=('edit',)", "--config.data.batch_size=8", "--steps", "2", "--json"]
+  monkeypatch.setattr(sys, "argv", ["estimate", "--config", "configs/sft.py:full", "--topology", "v5p:2x2x1", *options])
+  estimate.main()
+  report = json.loads(capsys.readouterr().out.splitlines()[-1])
+  assert report["fits"] and 0 < report["attention_s"] < report["step_s"] and 0.05 < report["mfu"] < 1
 
 
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
