@@ -16,12 +16,14 @@ import numpy as np
 
 from deepgen_jax.data import prompts
 from deepgen_jax.data.composition import text_hash
+from deepgen_jax.data.encoded import EncodedImage
 from deepgen_jax.data.images import fix_edit, reference_sizes
 from deepgen_jax.data.prompts import Prompt
 from deepgen_jax.data.sources import FILTERS, BadSample, Filters, Guarded, Sample, Source
 from deepgen_jax.errors import UserError
 
 TASKS = ("generate", "edit")
+THREADS = 2  # that read, at a time
 ID_RANGE = 2**31  # ids of "generate" start at 0, of "edit" here: uint32, disjoint; a stream wraps after 2^31 samples
 
 
@@ -38,7 +40,7 @@ class DataSpec:
   seed: int = 0
   max_bad_share: float = 0.1
   filters: Filters = FILTERS
-  threads: int = 2
+  threads: int = THREADS
   prefetch: int = 4  # micro-batches read ahead
 
 
@@ -49,13 +51,15 @@ class Example:
   sample_id: int
   text: str  # after dropout
   prompt: Prompt
-  target: np.ndarray
-  references: tuple[np.ndarray, ...]
+  target: np.ndarray | EncodedImage
+  references: tuple[np.ndarray | EncodedImage, ...]
 
 
 def prepare(sample: Sample, sample_id: int, spec: DataSpec, tokenizer, train: bool = True) -> Example:
   """Sizes the images and tokenizes the prompt. With `train`, wording and caption dropout are drawn from seed and id."""
-  target, references = fix_edit(sample.target, sample.references, spec.image_size)
+  target, references = sample.target, sample.references
+  if not isinstance(target, EncodedImage):
+    target, references = fix_edit(target, references, spec.image_size)
   sizes = reference_sizes(references)
   text = sample.texts[0]
   if train:

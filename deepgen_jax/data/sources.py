@@ -23,12 +23,15 @@ from deepgen_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 TRIES = 1000  # samples in a row that may be broken or filtered
-LISTED = 1000  # bad samples that are kept of a source; past that they are only counted
+BROKEN = (OSError, ValueError, KeyError)  # what a broken sample raises; UserError is a ValueError
+LISTED = 10_000  # bad samples that are kept of a source; past that they are only counted
 
 
 @dataclass(frozen=True)
 class Sample:
-  """One training sample. texts: the caption or instruction in one or several wordings; images uint8 [H,W,3] of any size."""
+  """One training sample. texts: the caption or instruction in one or several wordings; images uint8 [H,W,3] of any size, or
+  what was precomputed of them (encoded.EncodedImage).
+  """
 
   task: str  # "generate" or "edit"
   texts: tuple[str, ...]
@@ -191,12 +194,8 @@ class Guarded:
     for step in range(tries):
       place = (index + step) % len(self)
       try:
-        sample = self.source[place]
-        if sample.task != self.task:
-          raise UserError(f"a sample of task {sample.task!r} in a source of task {self.task!r}: give each its own source")
-        check(sample, self.filters)
-        return sample
-      except (OSError, ValueError, KeyError) as error:  # UserError is a ValueError
+        return read_usable(self.source, place, self.filters)
+      except BROKEN as error:
         bad = BadSample(self.name, place, str(error), getattr(error, "filter", ""))
         first = first or bad
         self._record(bad, counts=step == 0)
@@ -225,6 +224,15 @@ class Guarded:
     """How often a sample was drawn, and was replaced because it was broken or by which filter."""
     with self._lock:
       return {"drawn": self._drawn, "broken": self._broken, "filtered": dict(sorted(self._filtered.items()))}
+
+
+def read_usable(source: Source, index: int, filters: Filters) -> Sample:
+  """A sample that training can use; raises one of BROKEN, and Filtered for one that a filter leaves out."""
+  sample = source[index]
+  if sample.task != source.task:
+    raise UserError(f"a sample of task {sample.task!r} in a source of task {source.task!r}: give each its own source")
+  check(sample, filters)
+  return sample
 
 
 def check(sample: Sample, filters: Filters) -> None:
