@@ -2,8 +2,8 @@
 
 FOLDER/NAME-HASH/ is one source: `source.json` says of what and by which networks, `00000-of-00012.array_record` holds the
 samples of a shard in the order of the source. A record is safetensors: "0.mean", "0.logvar" of the target, "1.mean",
-"1.logvar", "1.features" ... of the references, and "json" with the texts, or with why the sample can't be used. Texts are kept as
-they are: wordings, dropout and tokens are drawn in training, as is the noise of the posterior.
+"1.logvar", "1.features" ... of the references, and "json" with the texts, or with why the sample can't be used. Texts are kept
+as they are: wordings and dropout are drawn in training, as is the noise of the posterior.
 """
 
 from __future__ import annotations

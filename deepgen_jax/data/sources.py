@@ -22,6 +22,7 @@ from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+MAX_CAPTION = 2**20  # bytes of a caption's file: more isn't even read
 TRIES = 1000  # samples in a row that may be broken or filtered
 BROKEN = (OSError, ValueError, KeyError)  # what a broken sample raises; UserError is a ValueError
 LISTED = 10_000  # bad samples that are kept of a source; past that they are only counted
@@ -118,20 +119,23 @@ class ImageFolder:
       raise missing(folder)
     if not folder.is_dir():
       raise UserError(f"{folder} is no folder of images")
-    self.files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: file.name)
-    if not self.files:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    self._folder, self.names = folder, np.array([os.fsencode(name) for name in names])  # a tenth of what objects would take
+    if not names:
       raise UserError(f"no images in {folder}: expected files like cat.png with cat.txt beside it ({' '.join(IMAGE_SUFFIXES)})")
 
   def __len__(self) -> int:
-    return len(self.files)
+    return len(self.names)
 
   def __getitem__(self, index: int) -> Sample:
-    file = self.files[index]
+    file = self._folder / os.fsdecode(self.names[index])
     text_file = file.with_suffix(".txt")
     if not text_file.exists():
       raise UserError(f"{file}: no caption, {text_file.name} is missing")
+    if (length := text_file.stat().length) > MAX_CAPTION:
+      raise Filtered("max_text", f"{text_file}: the text has {length} bytes (limit {MAX_CAPTION})")
     try:
-      caption = text_file.read_text().strip()
+      caption = text_file.read_bytes().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
       raise UserError(f"{text_file}: not UTF-8 text ({error})") from error
     if not caption:

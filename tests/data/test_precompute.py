@@ -90,9 +90,9 @@ def files(folder):
 def test_what_is_written(whole):
   assert files(whole) == [
     "cats/00000-of-00003.array_record",
-    "cats/00000.bad_samples.jsonl",
+    "cats/00000-of-00003.bad_samples.jsonl",
     "cats/00001-of-00003.array_record",
-    "cats/00001.bad_samples.jsonl",
+    "cats/00001-of-00003.bad_samples.jsonl",
     "cats/00002-of-00003.array_record",
     "cats/source.json",
     "edits/00000-of-00002.array_record",
@@ -167,7 +167,7 @@ def test_it_goes_on_where_it_was_cut_off(root, whole, tmp_path, monkeypatch):
 def source_of(root, whole, entry=None, length=10, **facts):
   """The precomputed pictures, as a training would open them."""
   config, source = load(root), ImageFolder(root / "cats")
-  source.files = source.files[:length]
+  source.names = source.names[:length]
   params = draw_params()
   own = encoded.encoder_facts(params, 64, np.float32, supervised.Filters(**config.data.filters))
   return encoded.Precomputed(source, whole, entry or {"uri": f"folder:{root}/cats"}, own | facts)
