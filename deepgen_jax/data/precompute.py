@@ -100,7 +100,7 @@ def write_shard(file: epath.Path, items: _Items, encode: Callable, window: int, 
   # ArrayRecord writes local files; on a remote file system, a copy appears at once anyway
   folder = epath.Path(tempfile.gettempdir()) if remote else file.parent
   temporary = folder / f".{file.name}.{uuid.uuid4().hex[:8]}"
-  ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=max(window, THREADS))
+  ahead = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=window)
   stream = iter(grain.MapDataset.source(items).to_iter_dataset(ahead))
   writer = ArrayRecordWriter(os.fspath(temporary), "group_size:1")
   try:

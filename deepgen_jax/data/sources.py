@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -186,6 +187,7 @@ class Guarded:
     self._lock = threading.Lock()
     self._bad: dict[int, BadSample] = {}
     self._drawn = self._broken = 0
+    self._reading: dict[int, tuple[int, float]] = {}  # thread -> sample, since when
     self._filtered: Counter[str] = Counter()
 
   def __len__(self) -> int:
@@ -197,12 +199,15 @@ class Guarded:
     first, tries = None, min(len(self), TRIES)
     for step in range(tries):
       place = (index + step) % len(self)
+      self._reading[threading.get_ident()] = place, time.monotonic()
       try:
         return read_usable(self.source, place, self.filters)
       except BROKEN as error:
         bad = BadSample(self.name, place, str(error), getattr(error, "filter", ""))
         first = first or bad
         self._record(bad, counts=step == 0)
+      finally:
+        del self._reading[threading.get_ident()]
     raise UserError(f"{tries} samples in a row of the data source {self.name!r} can't be used; the first: {first.reason}")
 
   def _record(self, bad: BadSample, counts: bool) -> None:
@@ -218,6 +223,11 @@ class Guarded:
           f"data source {self.name!r}: {self._broken} of {self._drawn} samples drawn were broken, more than the share of "
           f"{self.max_bad_share:g} that is allowed. The last: index {bad.index}, {bad.reason}. Mend the data."
         )
+
+  def reading(self) -> list[tuple[int, float]]:
+    """The samples that threads are reading at the moment, and for how many seconds."""
+    now = time.monotonic()
+    return [(place, now - since) for place, since in self._reading.copy().values()]
 
   def bad_samples(self) -> list[BadSample]:
     """Broken and filtered samples met so far, once each, in order of index; the first `LISTED` that were met."""

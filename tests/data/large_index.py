@@ -2,8 +2,8 @@
 
     python -m tests.data.large_index --entries 50000000 --start 40000000
 
-writes a .jsonl of so many lines (46 bytes each) to a temporary folder, and opens it in processes of their own, in a mixture with
-a small folder.
+writes a .jsonl of so many lines (44 bytes each) to a temporary folder, and opens it in processes of their own, in a mixture
+with a small folder.
 """
 
 import argparse
