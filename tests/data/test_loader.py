@@ -220,7 +220,7 @@ def test_past_a_second_limit_it_stops(tokenizer):
   stream = make(tokenizer, change(pattern=("generate",), slow=0.1, stalled=0.3), generate=[(Hanging(event), 1.0)]).iterate()
   with (
     pytest.warns(UserWarning, match="sample 9"),
-    pytest.raises(Stalled, match="being read: sample 9 of numbers.*seems to hang"),
+    pytest.raises(Stalled, match=r"being read: sample 9 of numbers.*seems to hang"),
   ):
     for _ in range(5):
       next(stream)
