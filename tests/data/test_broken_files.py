@@ -8,6 +8,8 @@ import pytest
 
 from tests.data import broken_files
 
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
 
 def test_every_broken_entry_is_named_and_the_stream_goes_on(tmp_path):
   kinds = broken_files.build(tmp_path, 2000)

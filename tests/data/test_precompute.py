@@ -104,8 +104,8 @@ def test_what_is_written(whole):
 
 @pytest.mark.parametrize("cache", [0, 100])
 def test_batches_are_those_of_encoding_in_the_loop(root, whole, cache):
-  """Texts, dropout and replaced samples too. With a cache, where images are encoded one by one, to the last bit; without, the rows
-  of a program's batch round in their own ways.
+  """Texts, dropout and replaced samples too. With a cache, where images are encoded one by one, to the last bit; without, the
+  rows of a program's batch round in their own ways.
   """
   made, reports = [], []
   for options in ([], [f"data.precomputed={whole}"]):
