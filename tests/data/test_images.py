@@ -178,5 +178,5 @@ def test_what_would_fill_the_memory_is_not_decoded(side, message):
 
 
 def test_an_empty_file():
-  with pytest.raises(UserError, match="cannot read image a.png: the file is empty"):
+  with pytest.raises(UserError, match=r"cannot read image a\.png: the file is empty"):
     images.decode_image(b"", "a.png")
