@@ -46,8 +46,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
       "text_buckets": (116, 256) if tiny else (64, 128, 256, 512, 1024),  # tiny: every emoji prompt fits the first
       "caption_dropout": 0.1,
       "token_multiple": 16 if tiny else 128,  # image tokens are padded to a multiple of this
+      "precomputed": "",  # the --output of `python -m deepgen_jax.data.precompute`; "": images are encoded as they come
       "cache_images": 20_000 if tiny else 0,  # encoded images kept in memory
-      "max_bad_share": 0.01,  # of a source's samples: past that, the run stops
+      "max_bad_share": 0.05,  # of a source's samples: past that, the run stops
       # pixels of the shorter side; longer side / shorter side; characters. What they leave out is counted, and isn't bad
       "filters": {"min_side": 0 if tiny else 80, "max_aspect": 10.0, "max_text": 8000},
     }

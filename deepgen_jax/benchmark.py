@@ -2,7 +2,7 @@
 
 On a CPU every case runs in four ways, in turn, on the same cores: ours; diffusers or transformers as installed; the same with
 the fast sgemm that MKL keeps for Intel's processors; and that with torch.compile. Weights and inputs are the same, and what
-comes out is compared before anything is timed. On a GPU or TPU ours is timed alone.
+comes out is compared before anything is timed. On a GPU or TPU ours is timed alone. The case `data` is the loader's, per core.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ import numpy as np
 from jax.extend.backend import clear_backends
 from safetensors.numpy import save_file
 
+from deepgen_jax.benchmarking import data
 from deepgen_jax.benchmarking.cases import ACCELERATOR, CASES, CPU, GUIDANCE, OPTIM, Sizes, build, export
 from deepgen_jax.benchmarking.torch_process import TorchProcess, WorkerError, build_fast_sgemm
 from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.errors import UserError, nearest, run_command
 
+ALL_CASES = (*CASES, "data")
 TOLERANCE = {"dit_train_256": 1e-3, "dit_train_1024": 1e-3, "sampler": 1e-3}  # gradients and several steps
 FORWARD_TOLERANCE = 1e-4
 _FLOOR = 1e-4  # an array is held to at least this share of the largest one: a gradient may be zero but for rounding
@@ -41,25 +43,32 @@ def build_parser() -> argparse.ArgumentParser:
   """The command's options (design 4.1)."""
   parser = argparse.ArgumentParser(
     prog="python -m deepgen_jax.benchmark",
-    description="Times forward, training step, sampler, VAE and VLM beside PyTorch, with the same weights.",
+    description="Times forward, training step, sampler, VAE and VLM beside PyTorch, with the same weights; and the loader.",
     epilog="example: python -m deepgen_jax.benchmark dit_forward_256 vae_decode --json",
     allow_abbrev=False,
   )
-  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of them: {' '.join(CASES)}")
+  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of them: {' '.join(ALL_CASES)}")
   parser.add_argument("--json", action="store_true", help="one JSON object a line")
   parser.add_argument("--rounds", type=int, default=5, help="each round runs every side once")
   parser.add_argument("--threads", type=int, default=1, help="cores, and threads of either side, on a CPU")
   parser.add_argument(
     "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for machines that others use too"
   )
+  parser.add_argument(
+    "--images_per_s", type=float, default=10.0, help="of the case data: what one chip trains on (estimate says)"
+  )
+  parser.add_argument("--image_size", type=int, default=512, help="of the case data: what samples are brought to, in pixels")
   return parser
 
 
 def check(arguments) -> None:
   """What can be known to be wrong before anything runs."""
   for name in arguments.cases:
-    if name not in CASES:
-      raise UserError(f"unknown case {name!r}.{nearest(name, CASES)} The cases are: {' '.join(CASES)}")
+    if name not in ALL_CASES:
+      raise UserError(f"unknown case {name!r}.{nearest(name, ALL_CASES)} The cases are: {' '.join(ALL_CASES)}")
+  for name in ("images_per_s", "image_size"):
+    if not 0 < (value := getattr(arguments, name)) < 1e6:
+      raise UserError(f"--{name} {value}: must be a positive number")
   if arguments.rounds < 1:
     raise UserError(f"--rounds {arguments.rounds}: must be at least 1")
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
@@ -181,6 +190,12 @@ def pin(threads: int) -> list[int]:
 
 def to_line(record: Mapping) -> str:
   """A record as a person reads it."""
+  if record["name"] == "data":
+    stages = "  ".join(f"{stage} {value:.3g}" for stage, value in record["stages_ms"].items())
+    rate, cores = record["samples_per_s_per_core"], record["cores_per_chip"]
+    text = f"{record['name']:<17}{rate:.4g} samples/s a core (ms: {stages})  "
+    text += f"{cores:.3g} cores feed a chip at {record['images_per_s']:g} images/s"
+    return "\n".join([text, *(f"  {note}" for note in record["notes"])])
   shown = lambda key: "-" if record[key] is None else f"{record[key]:.4g}"
   columns = ("ours_ms", "torch_eager_ms", "torch_fast_ms", "torch_compile_ms", "ratio", "ratio_compile", "max_rel_error")
   text = f"{record['name']:<17}" + "  ".join(f"{key} {shown(key)}" for key in columns)
@@ -192,7 +207,8 @@ def main() -> None:
   arguments = parse(build_parser(), sys.argv[1:])
   check(arguments)
   on_cpu = jax.default_backend() == "cpu"
-  if on_cpu:
+  cases = arguments.cases or ALL_CASES
+  if on_cpu and set(cases) != {"data"}:
     check_torch()
   sizes = CPU if on_cpu else ACCELERATOR
   where = {
@@ -206,9 +222,12 @@ def main() -> None:
   }
   if not arguments.json:
     print(json.dumps(where))
-  for name in arguments.cases or CASES:
+  for name in cases:
     load = os.getloadavg()[0]  # of the whole machine: above `threads`, others are at work
-    if on_cpu:
+    if name == "data":
+      clock = where["clock"]
+      record = data.measure(arguments.image_size, arguments.rounds, clock, arguments.images_per_s) | {"versions": versions()}
+    elif on_cpu:
       record = compare_with_torch(name, sizes, rounds=arguments.rounds, threads=arguments.threads, clock=arguments.clock)
     else:
       record = measure_alone(name, sizes, arguments.rounds)

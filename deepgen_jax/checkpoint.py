@@ -21,7 +21,18 @@ from deepgen_jax.errors import UserError
 from deepgen_jax.models.lora import path_name
 
 # Config keys that may differ between the run that wrote a workdir and the one that resumes it (design 4.4).
-MAY_CHANGE = ("steps", "mesh.", "remat", "attention", "log.", "eval.", "checkpoint.", "profile", "distributed")
+MAY_CHANGE = (
+  "steps",
+  "mesh.",
+  "remat",
+  "attention",
+  "log.",
+  "eval.",
+  "checkpoint.",
+  "profile",
+  "distributed",
+  "data.precomputed",
+)
 
 
 def flat(tree) -> dict:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Callable, Iterable
 
 
 class UserError(ValueError):
   """Something the user can mend. The message says what is wrong, where (file, key, line) and what to do."""
+
+
+class Stalled(RuntimeError):
+  """Data that doesn't come, with threads that wait for it and may do so for ever."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -18,9 +23,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-  """Runs a command's main: UserError prints its message and exits with 2; anything else is a failure while running (1)."""
+  """Runs a command's main: UserError prints its message and exits with 2; anything else is a failure while running (1).
+
+  A Stalled one ends the process at once: threads that hang would keep it.
+  """
   try:
     sys.exit(main() or 0)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except Stalled as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(1)

@@ -123,3 +123,19 @@ def test_without_torch(run, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find(name))
   code, out, err = run("vlm_prefill")
   assert (code, out) == (2, "") and "torch can't be imported" in err and "deepgen_jax[test]" in err
+
+
+def test_the_loader_s_stages(run, monkeypatch):
+  """PyTorch has no part in it."""
+  monkeypatch.setattr(benchmark, "check_torch", lambda: pytest.fail("asked for PyTorch"))
+  monkeypatch.setattr(benchmark.data, "SIDE", 128)
+  code, out, _ = run("data", "--json", "--rounds", "2", "--image_size", "64", "--images_per_s", "1000")
+  (record,) = map(json.loads, out.splitlines())
+  assert code == 0 and record["name"] == "data" and list(record["stages_ms"]) == list(benchmark.data.STAGES)
+  assert all(value > 0 for value in record["stages_ms"].values())
+  assert record["samples_per_s_per_core"] == pytest.approx(1000 / sum(record["stages_ms"].values()), rel=1e-2)
+  assert record["cores_per_chip"] == pytest.approx(1000 / record["samples_per_s_per_core"], rel=1e-2)
+  code, out, _ = run("data", "--rounds", "1", "--image_size", "64")
+  assert code == 0 and "cores feed a chip at 10 images/s" in out
+  code, _, err = run("data", "--images_per_s", "0")
+  assert code == 2 and "--images_per_s 0.0: must be a positive number" in err

@@ -85,7 +85,7 @@ def test_the_batch_is_what_training_makes(emoji_dir, tokenizer):
   config = load_config("configs/sft.py:tiny", ["data.batch_size=2", f"data.dir={emoji_dir}"])
   model = DeepGen(CONFIG)
   batches, encoder = (
-    supervised.micro_batches(config, CONFIG, tokenizer, sharding.make_mesh({"data": 1}, jax.devices()[:1])),
+    supervised.micro_batches(config, CONFIG, tokenizer, sharding.make_mesh({"data": 1}, jax.devices()[:1]), {}),
     ImageEncoder(model, batch=2),
   )
   for m, task in enumerate(config.data.pattern[:2]):

@@ -140,7 +140,7 @@ def test_bad_data_stops_a_run_and_is_listed(align, tmp_path):
   for n in range(4):
     (tmp_path / f"{n}.png").write_bytes(b"broken" if n else png(random_image(64, 64)))
     (tmp_path / f"{n}.txt").write_text("a picture")
-  with pytest.raises(UserError, match=r"were broken, more than the share of 0\.01"):
+  with pytest.raises(UserError, match=r"were broken, more than the share of 0\.05"):
     align(tmp_path / "run", 9, f"--config.data.sources=folder:{tmp_path}", "--config.data.pattern=generate")
   assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) >= 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections.abc import Iterator
 
@@ -32,6 +33,22 @@ def find_files(pattern: str | os.PathLike, wanted: str) -> list[epath.Path]:
       raise UserError(f"no data files in {text}" + ("" if rest else f": expected names like {_plain(wanted)}"))
     found += sorted(some, key=os.fspath)
   return found
+
+
+def inside(folder: epath.Path, path: str) -> epath.Path:
+  """Where a path that a data file names is, starting from `folder`; local or gs://.
+
+  Raises UserError if that isn't in the folder: data from elsewhere must not reach other files. Links in the folder, which only
+  its owner can make, are followed.
+  """
+  scheme, _, root = os.fspath(folder).rpartition("://")
+  if scheme:
+    scheme, root, path = f"{scheme}://", f"/{root}", path.replace(f"{scheme}://", "/", 1)
+  root = os.path.abspath(root)
+  place = posixpath.normpath(posixpath.join(root, path))
+  if not place.startswith(f"{root.rstrip('/')}/"):
+    raise UserError(f"the path {path!r} leaves the folder {folder}; paths that start from another need its name in the options")
+  return epath.Path(scheme + place.removeprefix("/") if scheme else place)
 
 
 def missing(path: epath.Path) -> UserError:

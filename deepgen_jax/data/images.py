@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from deepgen_jax.errors import UserError
 
 MULTIPLE = 32  # sides that both the vision tower and the DiT can cut into tokens
+MAX_PIXELS = 100_000_000  # 300 MB in memory: what says it has more is a mistake, or made to fill it
 SAME_ASPECT = 0.02  # aspect ratios this close differ by rounding alone: of sides to pixels, or of crops to multiples of 8
 
 
@@ -44,8 +45,12 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
   EXIF orientation is applied, transparency is put on white, 16 bits are scaled to 8, CMYK and palettes become RGB, an
   animation gives its first frame. Raises UserError, with `name` in it, for what is truncated or no image.
   """
+  if not data:
+    raise UserError(f"cannot read image {name}: the file is empty")
   try:
     with Image.open(io.BytesIO(data)) as image:
+      if image.width * image.height > MAX_PIXELS:
+        raise UserError(f"its {image.height}x{image.width} pixels (height x width) are more than {MAX_PIXELS:,}")
       return _rgb(image)
   except Exception as error:  # on damaged files PIL raises many kinds: SyntaxError, struct.error, EOFError, IndexError ...
     reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error

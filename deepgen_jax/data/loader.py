@@ -6,9 +6,13 @@ stream is the sample's id: every draw (wording, caption dropout) follows from se
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import grain
@@ -16,12 +20,14 @@ import numpy as np
 
 from deepgen_jax.data import prompts
 from deepgen_jax.data.composition import text_hash
+from deepgen_jax.data.encoded import EncodedImage
 from deepgen_jax.data.images import fix_edit, reference_sizes
 from deepgen_jax.data.prompts import Prompt
 from deepgen_jax.data.sources import FILTERS, BadSample, Filters, Guarded, Sample, Source
-from deepgen_jax.errors import UserError
+from deepgen_jax.errors import Stalled, UserError
 
 TASKS = ("generate", "edit")
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 ID_RANGE = 2**31  # ids of "generate" start at 0, of "edit" here: uint32, disjoint; a stream wraps after 2^31 samples
 
 
@@ -38,8 +44,10 @@ class DataSpec:
   seed: int = 0
   max_bad_share: float = 0.1
   filters: Filters = FILTERS
-  threads: int = 2
-  prefetch: int = 4  # micro-batches read ahead
+  threads: int = THREADS  # that read and prepare samples: all cores
+  prefetch: int = 4  # micro-batches read ahead, two at a time
+  slow: float = 60.0  # seconds without a micro-batch until what is being read is named
+  stalled: float = 1800.0  # and until the run stops
 
 
 @dataclass(frozen=True)
@@ -49,13 +57,15 @@ class Example:
   sample_id: int
   text: str  # after dropout
   prompt: Prompt
-  target: np.ndarray
-  references: tuple[np.ndarray, ...]
+  target: np.ndarray | EncodedImage
+  references: tuple[np.ndarray | EncodedImage, ...]
 
 
 def prepare(sample: Sample, sample_id: int, spec: DataSpec, tokenizer, train: bool = True) -> Example:
   """Sizes the images and tokenizes the prompt. With `train`, wording and caption dropout are drawn from seed and id."""
-  target, references = fix_edit(sample.target, sample.references, spec.image_size)
+  target, references = sample.target, sample.references
+  if not isinstance(target, EncodedImage):
+    target, references = fix_edit(target, references, spec.image_size)
   sizes = reference_sizes(references)
   text = sample.texts[0]
   if train:
@@ -78,7 +88,7 @@ def extents(examples: Sequence[Example]) -> dict[str, int]:
   """What a micro-batch is padded to holds at least: tokens of a prompt, pixels of a target, pixels of all of a sample's
   references.
   """
-  pixels = lambda images: sum(image.shape[0] * image.shape[1] for image in images)
+  pixels = lambda images: sum(height * width for height, width in reference_sizes(images))
   return {
     "text": max(len(e.prompt.ids) for e in examples),
     "target": max(pixels([e.target]) for e in examples),
@@ -136,6 +146,7 @@ class MicroBatches:
     self._rows = range(spec.batch_size) if rows is None else rows
     self._agree = agree
     self._guarded: list[Guarded] = []
+    self._read = functools.cache(lambda: ThreadPoolExecutor(spec.threads, "deepgen-read").map)  # made when first needed
     self._streams = {task: self._stream(task, sources[task]) for task in sorted(set(spec.pattern))}
     self._warned = False
 
@@ -173,12 +184,18 @@ class MicroBatches:
     pattern, task = self.spec.pattern, self.task(m)
     rounds, place = divmod(m, len(pattern))
     earlier = rounds * pattern.count(task) + pattern[:place].count(task)  # micro-batches of this task before this one
-    examples = [self._streams[task][earlier * self.spec.batch_size + row] for row in self._rows]
+    row_of = lambda row: self._streams[task][earlier * self.spec.batch_size + row]
+    examples = list(self._read()(row_of, self._rows))
     return assemble(task, examples, self.spec, self._agree(m, extents(examples)))
 
   def iterate(self, start: int = 0) -> MicroBatchIterator:
     """Iterates from the start-th micro-batch on, without end."""
     return MicroBatchIterator(self, start)
+
+  def reading(self) -> list[str]:
+    """What threads of this host are reading at the moment, the longest first: "sample 7 of wds:a.tar (12 s)"."""
+    found = [(seconds, index, source.name) for source in self._guarded for index, seconds in source.reading()]
+    return [f"sample {index} of {name} ({seconds:.0f} s)" for seconds, index, name in sorted(found, reverse=True)]
 
   def bad_samples(self) -> list[BadSample]:
     """The samples replaced so far on this host (reading ahead included), once each."""
@@ -190,23 +207,42 @@ class MicroBatches:
 
 
 class MicroBatchIterator:
-  """Reads micro-batches ahead in Grain's threads. Its whole state is `consumed`: resume with `iterate(consumed)`."""
+  """Reads micro-batches ahead in Grain's threads. Its whole state is `consumed`: resume with `iterate(consumed)`.
+
+  waited: seconds that `next` took so far. Storage that hangs is named in a warning every `spec.slow` seconds, and past
+  `spec.stalled` raises Stalled.
+  """
 
   def __init__(self, batches: MicroBatches, start: int = 0):
-    self.consumed = start
-    ahead = grain.ReadOptions(num_threads=batches.spec.threads, prefetch_buffer_size=batches.spec.prefetch)
+    self.consumed, self.waited = start, 0.0
+    self._batches = batches
+    self._ask = ThreadPoolExecutor(1, "deepgen-next")  # who asks Grain can't look at the clock
+    ahead = grain.ReadOptions(num_threads=2, prefetch_buffer_size=batches.spec.prefetch)
     self._iterator = iter(grain.MapDataset.source(_Batches(batches, start)).to_iter_dataset(ahead))
 
   def __iter__(self) -> MicroBatchIterator:
     return self
 
   def __next__(self) -> dict:
-    batch = next(self._iterator)
+    began = time.monotonic()
+    asked = self._ask.submit(next, self._iterator)
+    while not wait([asked], self._batches.spec.slow).done:
+      self._warn(time.monotonic() - began)
+    batch = asked.result()
     self.consumed += 1
+    self.waited += time.monotonic() - began
     return batch
+
+  def _warn(self, seconds: float) -> None:
+    named = ", ".join(self._batches.reading()[:3]) or "nothing: all is read, and being prepared"
+    text = f"training has waited {seconds:.0f} s for micro-batch {self.consumed}; being read: {named}"
+    if seconds >= self._batches.spec.stalled:
+      raise Stalled(f"{text}. The storage seems to hang; the same command goes on from the last checkpoint")
+    warnings.warn(text, stacklevel=3)
 
   def close(self) -> None:
     """Stops reading ahead."""
+    self._ask.shutdown(wait=False)
     self._iterator.close()
 
 

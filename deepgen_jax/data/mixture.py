@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.formats.json_lists import JsonList
@@ -30,8 +30,11 @@ FORMATS = {
 EMBEDDED = ("emoji", "words", "emoji-edits")  # these need no path
 
 
-def open_sources(entries: Sequence[str | Mapping], data_dir: str) -> dict[str, list[tuple[Source, float]]]:
+def open_sources(
+  entries: Sequence[str | Mapping], data_dir: str, wrap: Callable[[Source, dict], Source] = lambda source, entry: source
+) -> dict[str, list[tuple[Source, float]]]:
   """Task -> [(source, weight)]. data_dir: where the emoji set is built, and what indexes data that can't be written to.
+  wrap(source, entry): what takes a source's place; entry is a dict of its uri and options, without the weight.
 
   Raises UserError for an unknown kind or option, with the nearest known, and for data that isn't there.
   """
@@ -44,7 +47,7 @@ def open_sources(entries: Sequence[str | Mapping], data_dir: str) -> dict[str, l
     if source.name in names:
       source.name = f"{source.name} (source {len(names) + 1})"  # counts and bad samples are listed by name
     names.add(source.name)
-    sources.setdefault(source.task, []).append((source, weight))
+    sources.setdefault(source.task, []).append((wrap(source, {"uri": uri} | options), weight))
   return sources
 
 

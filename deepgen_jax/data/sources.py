@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -22,13 +23,17 @@ from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import UserError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+MAX_CAPTION = 2**20  # bytes of a caption's file: more isn't even read
 TRIES = 1000  # samples in a row that may be broken or filtered
-LISTED = 1000  # bad samples that are kept of a source; past that they are only counted
+BROKEN = (OSError, ValueError, KeyError)  # what a broken sample raises; UserError is a ValueError
+LISTED = 10_000  # bad samples that are kept of a source; past that they are only counted
 
 
 @dataclass(frozen=True)
 class Sample:
-  """One training sample. texts: the caption or instruction in one or several wordings; images uint8 [H,W,3] of any size."""
+  """One training sample. texts: the caption or instruction in one or several wordings; images uint8 [H,W,3] of any size, or
+  what was precomputed of them (encoded.EncodedImage).
+  """
 
   task: str  # "generate" or "edit"
   texts: tuple[str, ...]
@@ -115,20 +120,23 @@ class ImageFolder:
       raise missing(folder)
     if not folder.is_dir():
       raise UserError(f"{folder} is no folder of images")
-    self.files = sorted((f for f in folder.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES), key=lambda file: file.name)
-    if not self.files:
+    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    self._folder, self.names = folder, np.array([os.fsencode(name) for name in names])  # a tenth of what objects would take
+    if not names:
       raise UserError(f"no images in {folder}: expected files like cat.png with cat.txt beside it ({' '.join(IMAGE_SUFFIXES)})")
 
   def __len__(self) -> int:
-    return len(self.files)
+    return len(self.names)
 
   def __getitem__(self, index: int) -> Sample:
-    file = self.files[index]
+    file = self._folder / os.fsdecode(self.names[index])
     text_file = file.with_suffix(".txt")
     if not text_file.exists():
       raise UserError(f"{file}: no caption, {text_file.name} is missing")
+    if (length := text_file.stat().length) > MAX_CAPTION:
+      raise Filtered("max_text", f"{text_file}: the text has {length} bytes (limit {MAX_CAPTION})")
     try:
-      caption = text_file.read_text().strip()
+      caption = text_file.read_bytes().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
       raise UserError(f"{text_file}: not UTF-8 text ({error})") from error
     if not caption:
@@ -179,6 +187,7 @@ class Guarded:
     self._lock = threading.Lock()
     self._bad: dict[int, BadSample] = {}
     self._drawn = self._broken = 0
+    self._reading: dict[int, tuple[int, float]] = {}  # thread -> sample, since when
     self._filtered: Counter[str] = Counter()
 
   def __len__(self) -> int:
@@ -190,16 +199,15 @@ class Guarded:
     first, tries = None, min(len(self), TRIES)
     for step in range(tries):
       place = (index + step) % len(self)
+      self._reading[threading.get_ident()] = place, time.monotonic()
       try:
-        sample = self.source[place]
-        if sample.task != self.task:
-          raise UserError(f"a sample of task {sample.task!r} in a source of task {self.task!r}: give each its own source")
-        check(sample, self.filters)
-        return sample
-      except (OSError, ValueError, KeyError) as error:  # UserError is a ValueError
+        return read_usable(self.source, place, self.filters)
+      except BROKEN as error:
         bad = BadSample(self.name, place, str(error), getattr(error, "filter", ""))
         first = first or bad
         self._record(bad, counts=step == 0)
+      finally:
+        del self._reading[threading.get_ident()]
     raise UserError(f"{tries} samples in a row of the data source {self.name!r} can't be used; the first: {first.reason}")
 
   def _record(self, bad: BadSample, counts: bool) -> None:
@@ -216,6 +224,11 @@ class Guarded:
           f"{self.max_bad_share:g} that is allowed. The last: index {bad.index}, {bad.reason}. Mend the data."
         )
 
+  def reading(self) -> list[tuple[int, float]]:
+    """The samples that threads are reading at the moment, and for how many seconds."""
+    now = time.monotonic()
+    return [(place, now - since) for place, since in self._reading.copy().values()]
+
   def bad_samples(self) -> list[BadSample]:
     """Broken and filtered samples met so far, once each, in order of index; the first `LISTED` that were met."""
     with self._lock:
@@ -225,6 +238,15 @@ class Guarded:
     """How often a sample was drawn, and was replaced because it was broken or by which filter."""
     with self._lock:
       return {"drawn": self._drawn, "broken": self._broken, "filtered": dict(sorted(self._filtered.items()))}
+
+
+def read_usable(source: Source, index: int, filters: Filters) -> Sample:
+  """A sample that training can use; raises one of BROKEN, and Filtered for one that a filter leaves out."""
+  sample = source[index]
+  if sample.task != source.task:
+    raise UserError(f"a sample of task {sample.task!r} in a source of task {source.task!r}: give each its own source")
+  check(sample, filters)
+  return sample
 
 
 def check(sample: Sample, filters: Filters) -> None:

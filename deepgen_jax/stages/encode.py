@@ -1,7 +1,8 @@
 """Images of a micro-batch -> what the train step takes: latent moments as tokens, reference latents, vision features.
 
-The VAE and the vision tower run here, outside the train step, once per image size; precomputed data would hold what this
-returns. With `cache` > 0 the results are also kept in memory per image (a small data set is encoded once).
+The VAE and the vision tower run here, outside the train step, once per image size. Precomputed data (data/encoded.py) holds
+what this returns, and passes through. With `cache` > 0 the results are also kept in memory per image (a small data set is
+encoded once).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from deepgen_jax import distributed, sharding
+from deepgen_jax.data.encoded import EncodedImage
 from deepgen_jax.data.prompts import PIXELS_PER_TOKEN
 from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 
@@ -46,6 +48,10 @@ class ImageEncoder:
     return [rows for (rows,) in self._run("features", {"vlm": {"vision": params["vlm"]["vision"]}}, images)]
 
   def _run(self, program: str, params, images):
+    if any(isinstance(image, EncodedImage) for image in images):
+      pixels = [image for image in images if not isinstance(image, EncodedImage)]
+      rest = iter(self._run(program, params, pixels) if pixels else ())
+      return [getattr(image, program) if isinstance(image, EncodedImage) else next(rest) for image in images]
     keys = [(program, image.shape, hashlib.blake2b(image.tobytes(), digest_size=16).digest()) for image in images]
     found = {key: self._cache[key] for key in keys if key in self._cache}
     missing = {key: image for key, image in zip(keys, images) if key not in found}
@@ -63,6 +69,11 @@ class ImageEncoder:
     room = self._cache_size - len(self._cache)
     self._cache |= {key: found[key] for key in list(missing)[: max(room, 0)]}
     return [found[key] for key in keys]
+
+  def gather(self, params: Mapping) -> None:
+    """Takes this process's copies now; called by all, where later some may have nothing to encode."""
+    self._here("moments", {"vae": params["vae"]})
+    self._here("features", {"vlm": {"vision": params["vlm"]["vision"]}})
 
   def _here(self, program: str, params):
     """The parameters where this process can run a program by itself."""

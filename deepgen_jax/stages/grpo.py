@@ -59,12 +59,12 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   sizes, params, tokenizer = load_base(config, mesh)
   if "scb" not in params:
     raise UserError(f"config.init {config.init!r} has no SCB: it is a base for stage 1. Give the run or model of stage 2.")
-  loaded = [params]  # taken out once: training's own copy shall be the only one
-  del params
   model = make_model(config, sizes)
   dtype = model.dtype
   judging = judging or load_judging(config)
-  supervised = micro_batches(config, sizes, tokenizer, mesh) if g.sft_weight else None
+  supervised = micro_batches(config, sizes, tokenizer, mesh, params) if g.sft_weight else None
+  loaded = [params]  # taken out once: training's own copy shall be the only one
+  del params
   encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
   pipes: list[DeepGenPipeline] = []  # made of the first weights that are seen
 

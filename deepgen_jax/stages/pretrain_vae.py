@@ -39,12 +39,16 @@ class Drawn:
     """From the start-th micro-batch on."""
     return MicroBatchIterator(self, start)
 
+  def reading(self) -> list:
+    """Nothing: nothing here is read from files."""
+    return []
+
   def bad_samples(self) -> list:
-    """None: nothing here is read from files."""
+    """None, for the same reason."""
     return []
 
   def counts(self) -> dict:
-    """Nothing, for the same reason."""
+    """None either."""
     return {}
 
 

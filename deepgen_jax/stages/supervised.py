@@ -11,6 +11,7 @@ import numpy as np
 
 from deepgen_jax import distributed, sharding
 from deepgen_jax.data import emoji as emoji_data
+from deepgen_jax.data.encoded import Precomputed, encoder_facts
 from deepgen_jax.data.loader import DataSpec, MicroBatches
 from deepgen_jax.data.mixture import is_embedded, open_sources
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration, Filters
@@ -30,10 +31,10 @@ from deepgen_jax.weights.load import load_model
 def build(config, mesh) -> Stage:
   """Stage 1 or 2 from a config."""
   sizes, params, tokenizer = load_base(config, mesh)
+  model = make_model(config, sizes)
+  batches = micro_batches(config, sizes, tokenizer, mesh, params)
   loaded = [params]  # taken out once: training's own copy shall be the only one
   del params
-  model = make_model(config, sizes)
-  batches = micro_batches(config, sizes, tokenizer, mesh)
   encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
 
@@ -103,8 +104,10 @@ def make_loss(config, model: DeepGen) -> Callable:
   return loss
 
 
-def micro_batches(config, sizes, tokenizer, mesh) -> MicroBatches:
-  """The training stream of the config's data block: the rows that this process's devices of the mesh hold."""
+def micro_batches(config, sizes, tokenizer, mesh, params) -> MicroBatches:
+  """The training stream of the config's data block: the rows that this process's devices of the mesh hold. params: of
+  `config.init`, which data that was precomputed has to come from.
+  """
   spec = DataSpec(
     pattern=tuple(config.data.pattern),
     batch_size=config.data.batch_size,
@@ -116,7 +119,11 @@ def micro_batches(config, sizes, tokenizer, mesh) -> MicroBatches:
     max_bad_share=config.data.max_bad_share,
     filters=Filters(**config.data.filters),
   )
-  sources = open_sources(config.data.sources, config.data.dir)
+  wrap = lambda source, entry: source
+  if config.data.precomputed:
+    facts = encoder_facts(params, sizes.image_size, compute_dtype(config.dtype), spec.filters)
+    wrap = lambda source, entry: Precomputed(source, config.data.precomputed, entry, facts)
+  sources = open_sources(config.data.sources, config.data.dir, wrap)
   return MicroBatches(spec, sources, tokenizer, sharding.local_rows(mesh, spec.batch_size), _agree)
 
 

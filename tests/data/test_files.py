@@ -1,6 +1,9 @@
-import pytest
+import os
 
-from deepgen_jax.data.files import find_files
+import pytest
+from etils import epath
+
+from deepgen_jax.data.files import find_files, inside
 from deepgen_jax.errors import UserError
 
 
@@ -43,3 +46,33 @@ def test_what_is_not_there(shards, pattern, message):
 def test_a_folder_without_such_files(shards):
   with pytest.raises(UserError, match=r"no data files in .*two: expected names like \*\.json$"):
     find_files(shards / "two", r"\.json$")
+
+
+@pytest.mark.parametrize(
+  "folder, path, place",
+  [
+    ("/data/a", "b/c.png", "/data/a/b/c.png"),
+    ("/data/a/", "./b//../c.png", "/data/a/c.png"),
+    ("/data/a", "/data/a/c.png", "/data/a/c.png"),
+    ("/data/a", "gs://bucket/c.png", "/data/a/gs:/bucket/c.png"),
+    ("/", "/etc/c.png", "/etc/c.png"),
+    (".", "c.png", "CWD/c.png"),
+    ("gs://bucket/a", "c.png", "gs://bucket/a/c.png"),
+    ("gs://bucket/a", "gs://bucket/a/../a/c.png", "gs://bucket/a/c.png"),
+    ("/data/a", "../c.png", None),
+    ("/data/a", "../ab/c.png", None),
+    ("/data/a", "/etc/c.png", None),
+    ("/data/a", "b/../../c.png", None),
+    ("/data/a", "", None),
+    (".", "..", None),
+    ("gs://bucket/a", "/etc/c.png", None),
+    ("gs://bucket/a", "gs://other/a/c.png", None),
+    ("gs://bucket/a", "../../../etc/c.png", None),
+  ],
+)
+def test_paths_of_data_stay_in_their_folder(folder, path, place):
+  if place:
+    assert os.fspath(inside(epath.Path(folder), path)) == place.replace("CWD", os.getcwd())
+    return
+  with pytest.raises(UserError, match="leaves the folder"):
+    inside(epath.Path(folder), path)

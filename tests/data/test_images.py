@@ -8,6 +8,7 @@ from PIL import Image
 
 from deepgen_jax.data import images
 from deepgen_jax.errors import UserError
+from tests.data.broken_files import bomb
 
 
 @pytest.mark.parametrize(
@@ -165,3 +166,17 @@ def test_other_references_keep_their_own_size():
   assert fixed.shape == (512, 512, 3) and [r.shape for r in references] == [(512, 544, 3)] * 2
   fixed, (reference,) = images.fix_edit(blank(64, 64), [blank(64, 128)], 512)
   assert (fixed.shape, reference.shape) == ((512, 512, 3), (*images.fixed_size(64, 128, 512), 3))
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+  "side, message", [(12_000, "12000x12000 pixels .* are more than 100,000,000"), (30_000, "exceeds limit")]
+)
+def test_what_would_fill_the_memory_is_not_decoded(side, message):
+  with pytest.raises(UserError, match=f"cannot read image big: .*{message}"):
+    images.decode_image(bomb(side, side), "big")
+
+
+def test_an_empty_file():
+  with pytest.raises(UserError, match=r"cannot read image a\.png: the file is empty"):
+    images.decode_image(b"", "a.png")

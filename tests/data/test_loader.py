@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 from collections import Counter
 
@@ -7,7 +9,7 @@ import pytest
 from deepgen_jax.data import loader as loader_module
 from deepgen_jax.data.loader import DataSpec, MicroBatches, host_batch
 from deepgen_jax.data.sources import Sample
-from deepgen_jax.errors import UserError
+from deepgen_jax.errors import Stalled, UserError
 
 SPEC = DataSpec(batch_size=4, image_size=64, num_think_tokens=8, text_buckets=(64, 128), seed=3)
 
@@ -196,3 +198,56 @@ def test_a_sample_of_another_task_is_broken(tokenizer):
   for m in range(20):
     loader.batch(m)
   assert {b.index for b in loader.bad_samples()} == {0, 10, 20, 30, 40}
+
+
+class Hanging(Numbers):
+  """Sample 9 waits for the event, or for ever."""
+
+  def __init__(self, event):
+    super().__init__(size=20)
+    self.event = event
+
+  def __getitem__(self, index):
+    if index == 9:
+      self.event.wait()
+    return super().__getitem__(index)
+
+
+def test_storage_that_hangs_is_named_while_training_waits(tokenizer):
+  event = threading.Event()
+  batches = make(tokenizer, change(pattern=("generate",), slow=0.2), generate=[(Hanging(event), 1.0)])
+  stream = batches.iterate()
+  with pytest.warns(UserWarning, match=r"waited \d+ s for micro-batch \d; being read: sample 9 of numbers \(\d+ s\)") as seen:
+    threading.Timer(1.0, event.set).start()
+    found = [next(stream) for _ in range(5)]
+  assert 2 <= len(seen) <= 5 and stream.waited > 0.4
+  assert sorted(int(t[0, 0, 0]) for batch in found for t in batch["target"]) == list(range(20))  # nothing is lost
+  assert batches.reading() == []
+  stream.close()
+
+
+def test_past_a_second_limit_it_stops(tokenizer):
+  event = threading.Event()
+  stream = make(tokenizer, change(pattern=("generate",), slow=0.1, stalled=0.3), generate=[(Hanging(event), 1.0)]).iterate()
+  with (
+    pytest.warns(UserWarning, match="sample 9"),
+    pytest.raises(Stalled, match=r"being read: sample 9 of numbers.*seems to hang"),
+  ):
+    for _ in range(5):
+      next(stream)
+  stream.close()
+  event.set()
+
+
+def test_a_command_whose_data_hangs_ends():
+  """Though a thread of it never does."""
+  code = """if True:
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+    from deepgen_jax.errors import Stalled, run_command
+    def main():
+      ThreadPoolExecutor(1).submit(threading.Event().wait)
+      raise Stalled("sample 9 of numbers hangs")
+    run_command(main)"""
+  run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+  assert run.returncode == 1 and "error: sample 9 of numbers hangs" in run.stderr and "Traceback" not in run.stderr

@@ -54,6 +54,18 @@ def test_broken_samples_are_replaced_by_the_next_and_listed(folder):
       source[1]
 
 
+def test_captions_that_are_no_text_or_far_too_long(folder):
+  (folder / "a.txt").write_bytes(b"caf\xe9")
+  (folder / "b.txt").write_bytes(b"x" * (sources.MAX_CAPTION + 1))
+  (folder / "c.txt").write_bytes("\ufeffcafé".encode())
+  source = sources.ImageFolder(folder)
+  with pytest.raises(UserError, match=r"a\.txt: not UTF-8 text"):
+    source[0]
+  with pytest.raises(sources.Filtered, match=r"b\.txt: the text has 1048577 bytes") as error:
+    source[1]
+  assert error.value.filter == "max_text" and source[2].texts == ("café",)
+
+
 def test_a_source_without_a_good_sample(folder):
   for name in "abcd":
     (folder / f"{name}.txt").unlink()

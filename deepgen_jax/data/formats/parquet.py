@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from deepgen_jax.data.files import find_files
+from deepgen_jax.data.files import find_files, inside
 from deepgen_jax.data.formats.fields import as_fields, build_sample, first_task
 from deepgen_jax.data.images import decode_image, load_image
 from deepgen_jax.data.sources import Sample
@@ -128,6 +128,6 @@ def _decode(value, folder: epath.Path) -> np.ndarray:
     if value.get("bytes") is None and not value.get("path"):
       raise UserError("an image has neither bytes nor a path")
     if value["bytes"] is None:
-      return load_image(folder / value["path"])
+      return load_image(inside(folder, value["path"]))
     value = value["bytes"]
   return decode_image(value, "of this record")

@@ -6,15 +6,9 @@ Members that share a name up to the first dot are a sample: "0001.jpg 0001.txt",
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
-import os
 import tarfile
-import uuid
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -22,6 +16,7 @@ from etils import epath
 
 from deepgen_jax.data.files import find_files
 from deepgen_jax.data.formats.fields import as_fields, build_sample, first_task
+from deepgen_jax.data.formats.index import cached_index
 from deepgen_jax.data.images import decode_image
 from deepgen_jax.data.sources import IMAGE_SUFFIXES, Sample
 from deepgen_jax.errors import UserError
@@ -41,7 +36,7 @@ class Tars:
     self._files = find_files(path, r"\.tar$")
     self._fields = as_fields(text, target, references)
     with ThreadPoolExecutor(16) as pool:
-      indices = list(pool.map(lambda file: _index(file, cache), self._files))
+      indices = list(pool.map(lambda file: cached_index(file, cache, _scan), self._files))
     # 20 bytes a member and 8 a sample, whatever their names are.
     self._kinds = sorted({str(kind) for index in indices for kind in index["kinds"]})
     places = {kind: i for i, kind in enumerate(self._kinds)}
@@ -104,38 +99,6 @@ def _strings(data: bytes) -> dict:
   if not isinstance(values, dict):
     raise UserError("its .json is not an object")
   return {name: value for name, value in values.items() if isinstance(value, str | list)}
-
-
-def _index(file: epath.Path, cache: str) -> Mapping[str, np.ndarray]:
-  """The index of a tar, from its file where that is newer than the tar, else from the tar's headers."""
-  stat = file.stat()  # local files tell their time to the nanosecond, and tars are padded: two often have one length
-  changed = stat.mtime if "://" in os.fspath(file) else os.stat(file).st_mtime_ns
-  version = np.array([stat.length, changed], np.int64)
-  places = [epath.Path(f"{file}.index.npz")]
-  if cache:
-    places.append(epath.Path(cache) / "tar_index" / f"{hashlib.sha256(os.fspath(file).encode()).hexdigest()[:24]}.npz")
-  for place in places:
-    try:
-      with np.load(io.BytesIO(place.read_bytes()), allow_pickle=False) as arrays:
-        index = dict(arrays)
-      if np.array_equal(index["version"], version):
-        return index
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none yet, or cut short
-      continue
-  index = _scan(file) | {"version": version}
-  data = io.BytesIO()
-  np.savez(data, **index)
-  for place in places:
-    temporary = place.parent / f".{place.name}.{uuid.uuid4().hex[:8]}"  # other processes may be doing the same
-    try:
-      place.parent.mkdir(parents=True, exist_ok=True)
-      temporary.write_bytes(data.getvalue())
-      temporary.replace(place)
-      break
-    except Exception:  # not allowed to write there, which each file system says in its own way
-      with contextlib.suppress(Exception):
-        temporary.unlink(missing_ok=True)
-  return index
 
 
 def _scan(file: epath.Path) -> dict[str, np.ndarray]:

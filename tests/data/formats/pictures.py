@@ -13,6 +13,13 @@ def picture(number, height=8, width=10):
   return data.getvalue()
 
 
+def jpeg(pixels):
+  """JPEG bytes of uint8 [H,W,3]."""
+  data = io.BytesIO()
+  Image.fromarray(pixels).save(data, format="JPEG")
+  return data.getvalue()
+
+
 def number(image):
   """The number that a decoded picture was made of."""
   assert (image == image[0, 0, 0]).all() and image.dtype == np.uint8

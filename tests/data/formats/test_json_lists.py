@@ -110,3 +110,32 @@ def test_lists_that_cannot_be_used(root, text, message):
 def test_a_missing_folder(root):
   with pytest.raises(UserError, match=r"no such file or folder: .*/rwa\. Did you mean 'raw'"):
     JsonList(write(root / "list.json", []), images=root / "rwa")
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "sub/../../secret.png", "ROOT/secret.png", ".."])
+def test_paths_stay_in_their_folder(root, path):
+  """Also those of captions; a path may well be absolute, or take a turn inside."""
+  (root / "secret.png").write_bytes(picture(99))
+  (root / "secret.json").write_text('{"caption": "secret"}')
+  path = path.replace("ROOT", str(root))
+  good = {"image_path": f"{root}/raw/sub/1.png", "txt": "one"}
+  turn = {"image_path": "sub/../sub/2.png", "txt": "two"}
+  captioned = {"image": "sub/1.png", "annotation": path.replace(".png", ".json")}
+  source = JsonList(write(root / "list.json", [good, turn, {"image_path": path, "txt": "x"}, captioned]), images=root / "raw")
+  assert numbers(source[0]) == [1] and numbers(source[1]) == [2]
+  message = "no target image" if path == ".." else "leaves the folder"
+  with pytest.raises(UserError, match=f"entry 2: .*{message}"):
+    source[2]
+  with pytest.raises(UserError, match=r"entry 3: the path .* leaves the folder"):
+    source[3]
+  everywhere = JsonList(write(root / "list.json", [{"image_path": f"{root}/secret.png", "txt": "x"}]), images="/")
+  assert numbers(everywhere[0]) == [99]
+
+
+def test_lines_that_cannot_be_read(root):
+  lines = [b'{"image_path": "raw/sub/0.png", "txt": "caf\xe9"}', b"[" * 100_000, b'{"image_path": "a\\u0000.png", "txt": "x"}']
+  (root / "a.jsonl").write_bytes(b"\n".join([b'{"image_path": "raw/sub/0.png", "txt": "x"}', *lines]))
+  source = JsonList(root / "a.jsonl")
+  for index, message in [(1, "the line is not UTF-8"), (2, "the line is not JSON"), (3, "entry 3: ")]:
+    with pytest.raises(UserError, match=message):
+      source[index]

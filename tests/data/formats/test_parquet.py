@@ -76,3 +76,12 @@ def test_what_cannot_be_used(tmp_path, monkeypatch):
   (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
   with pytest.raises(UserError, match=r"b\.parquet can't be read as Parquet"):
     Parquet(tmp_path / "b.parquet")
+
+
+def test_paths_stay_in_their_folder(tmp_path):
+  (tmp_path / "set").mkdir()
+  (tmp_path / "secret.png").write_bytes(picture(9))
+  column = pa.array([{"bytes": None, "path": "../secret.png"}], IMAGE)
+  write(tmp_path / "set" / "a.parquet", {"image": column, "text": ["a"]})
+  with pytest.raises(UserError, match=r"the path '\.\./secret\.png' leaves the folder"):
+    Parquet(tmp_path / "set")[0]

@@ -86,7 +86,7 @@ def test_the_index_goes_to_the_cache_where_the_tars_cannot_be_written(tmp_path):
   file = write(data / "a.tar", pair(1))
   (data / "a.tar.index.npz").mkdir()  # in its place, nothing can be written, whoever runs this
   assert len(Tars(file, cache=tmp_path / "cache")) == 1
-  assert len(list((tmp_path / "cache" / "tar_index").glob("*.npz"))) == 1
+  assert len(list((tmp_path / "cache" / "index").glob("*.npz"))) == 1
   assert sorted(path.name for path in data.iterdir()) == ["a.tar", "a.tar.index.npz"]
   assert numbers(Tars(file, cache=tmp_path / "cache")[0]) == [1]
   assert numbers(Tars(file)[0]) == [1]  # and without any place for it
