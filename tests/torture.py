@@ -2,14 +2,16 @@
 
     python -m tests.torture --kills 30 --devices 1 2 8 changing
 
-A life of the run ends with SIGKILL while it starts, after an update, or while it writes a checkpoint. With 1, 2 or 8 (simulated)
-devices all it leaves must then equal the undisturbed run bit for bit: parameters, optimizer, EMA, losses, TensorBoard, the ids of
-every micro-batch. "changing" starts each life on another mesh: ids exact, values within `TOLERANCE`.
+A life of the run ends with SIGKILL while it starts, after an update, or while it writes a checkpoint. With 1, 2 or 8
+(simulated) devices all that it leaves must then equal the undisturbed run bit for bit: parameters, optimizer, EMA, losses,
+TensorBoard, the ids of every micro-batch. "changing" starts each life on another mesh: ids exact, values within `TOLERANCE`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -35,6 +37,20 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SE
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+def _model():
+  """Sizes that are traced in half of the time that tests.small.CONFIG takes."""
+  from tests.small import CONFIG
+
+  replace = dataclasses.replace
+  return replace(
+    CONFIG,
+    text=replace(CONFIG.text, num_layers=2),
+    vision=replace(CONFIG.vision, num_layers=1, full_attention_layers=(0,)),
+    scb=replace(CONFIG.scb, num_layers=1, read_layers=(1,)),
+    dit=replace(CONFIG.dit, num_layers=2, dual_attention_layers=()),
+  )
+
+
 def _train(argv: list[str], devices: int, log: str) -> None:
   """The training command, in a process of its own that has imported it already."""
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -44,9 +60,8 @@ def _train(argv: list[str], devices: int, log: str) -> None:
   from deepgen_jax import train
   from deepgen_jax.errors import run_command
   from deepgen_jax.models.config import SIZES
-  from tests.small import CONFIG
 
-  SIZES["tiny"] = CONFIG
+  SIZES["tiny"] = _model()
   sys.argv = ["train", *argv]
   run_command(train.main)
 
@@ -92,7 +107,9 @@ class Torture:
     }
     argv = ["--config", "configs/align.py:tiny", "--workdir", str(workdir)]
     argv += [f"--config.{key}={value}" for key, value in settings.items()]
-    process = self._processes.Process(target=_train, args=(argv, devices, str(workdir) + ".log"))
+    log = Path(str(workdir) + ".log")
+    log.write_text("")
+    process = self._processes.Process(target=_train, args=(argv, devices, str(log)))
     process.start()
     return process
 
@@ -113,21 +130,28 @@ class Torture:
     """A run that dies `kills` times, each life on the next of `meshes` -> (workdir, what it was at when it died)."""
     workdir, deaths = self.folder / f"tortured_{name}", Counter()
     moments = sorted(rng.uniform(0, self.steps - 2) for _ in range(kills))
+    start = 5.0  # seconds that a life takes to its first update: measured
     for life, moment in enumerate(moments):
-      process, began = self.start(workdir, meshes[life % len(meshes)]), time.monotonic()
+      older, began = _halves(workdir), time.monotonic()
+      process = self.start(workdir, meshes[life % len(meshes)])
       kind = rng.choice(("starting", "updating", "saving", "saving"))
       if kind == "starting":
-        process.join(rng.uniform(0, 6))
+        process.join(rng.uniform(0, start))
       else:
-        happened = _saves if kind == "saving" else _has_reached
-        while process.is_alive() and not happened(workdir, int(moment)):
+        happened = {
+          "updating": lambda moment=moment: _last_update(workdir) >= moment,
+          "saving": lambda moment=moment, older=older: any(step >= moment for step, _ in _halves(workdir) - older),
+        }[kind]
+        while process.is_alive() and not happened():
           assert time.monotonic() - began < LIMIT, f"{workdir} got no further"
-          time.sleep(0.001 if kind == "saving" else 0.02)
+          time.sleep(0.001)
+        start = 0.8 * (time.monotonic() - began)
         time.sleep(rng.uniform(0, 0.05 if kind == "saving" else 0.5))
       assert process.is_alive(), Path(str(workdir) + ".log").read_text()[-4000:]
       process.kill()
       process.join()
-      deaths["saving" if _halves(workdir) else kind if kind == "starting" else "updating"] += 1
+      deaths["saving" if _halves(workdir) - older else "updating" if _last_update(workdir) else "starting"] += 1
+      print(f"{name}: killed {life + 1} times, last while {kind}, at update {_last_update(workdir)}", flush=True)
     self.finish(workdir, meshes[kills % len(meshes)])
     return workdir, deaths
 
@@ -135,24 +159,23 @@ class Torture:
 def _save_base(folder: str) -> None:
   from tests.small import draw_params, save_model
 
-  save_model(folder, draw_params(), ("vlm", "dit", "vae"))
+  save_model(folder, draw_params(_model()), ("vlm", "dit", "vae"), _model())
 
 
-def _halves(workdir: Path) -> list[Path]:
-  """Checkpoints that are being written, or were when the run died."""
-  return list((workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+def _halves(workdir: Path) -> set[tuple[int, int]]:
+  """(update, when it was begun) of the checkpoints that are being written, or were when a life ended."""
+  found = set()
+  for path in (workdir / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
+    with contextlib.suppress(FileNotFoundError):  # it has just got its name
+      found.add((int(path.name.partition(".")[0]), path.stat().st_ino))
+  return found
 
 
-def _saves(workdir: Path, step: int) -> bool:
-  """Whether a checkpoint of update `step` or later is being written."""
-  return any(int(path.name.partition(".")[0]) >= step for path in _halves(workdir))
-
-
-def _has_reached(workdir: Path, step: int) -> bool:
-  """Whether the life under way, whose log is the last in the file, has said that it has done update `step`."""
+def _last_update(workdir: Path) -> int:
+  """What the life under way has said that it has done; 0: nothing yet."""
   log = Path(str(workdir) + ".log")
   done = re.findall(r"update (\d+)/", log.read_text()) if log.exists() else []
-  return bool(done) and int(done[-1]) >= step
+  return int(done[-1]) if done else 0
 
 
 def rows(file: Path) -> list[dict]:
