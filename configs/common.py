@@ -55,8 +55,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
   )
   c.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1} if tiny else {"data": 1, "fsdp": -1, "tensor": 1})  # -1 fills
   c.distributed = "off"  # several processes: "auto" (TPU pods, GKE, SLURM, Open MPI) or "HOST:PORT/COUNT/INDEX"
-  c.checkpoint = ConfigDict({"every": 500, "keep": 2})
-  c.log = ConfigDict({"every": 10})
+  # every: updates; the last `keep` checkpoints stay, and with keep_every (a multiple of every) one of every so many updates
+  c.checkpoint = ConfigDict({"every": 500, "keep": 2, "keep_every": 0})
+  c.log = ConfigDict({"every": 10, "samples": False})  # samples: the ids that each update was made of, in samples.jsonl
   # every: updates (0: never); samples: held-out ones of a task that are judged; pictures: grids of what the weights make
   c.eval = ConfigDict({"every": 500, "samples": 224, "pictures": True})
   c.profile = ""  # "START:END": a trace of these updates goes to WORKDIR/profile

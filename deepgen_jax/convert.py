@@ -8,7 +8,6 @@ through one at a time, in their stored dtype.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 
@@ -77,7 +76,7 @@ def inspect(path) -> str:
 
 
 def _inspect_workdir(folder: epath.Path) -> str:
-  config = json.loads((folder / "config.json").read_text())
+  config = checkpoint.read_config(folder)
   step, stored = checkpoint.stored(folder)
   lines = [f"training workdir: {folder}", f"stage: {config['stage']}, {step} of {config['steps']} updates"]
   for kind, what in (("params", "trained"), ("ema", "their moving average")):

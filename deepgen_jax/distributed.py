@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -122,18 +124,39 @@ class Stop:
 
   With several processes, what one was told reaches the others by a vote in each update, which is read one update late, as the
   metrics are, so that nobody waits for it.
+
+  A second signal of the same kind ends the process at once, also while the main thread compiles or waits for storage, where
+  Python's own handlers would wait for it: a thread listens.
   """
 
   def __init__(self, mesh: Mesh):
     self._told, self._agreed, self._vote = False, False, None
     self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     self._any = jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
-    for number in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(number, self._tell)
+    self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGTERM, signal.SIGINT)}
+    reader, self._writer = os.pipe()
+    os.set_blocking(self._writer, False)
+    self._before_writer = signal.set_wakeup_fd(self._writer)
+    threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
   def _tell(self, number, frame) -> None:
     self._told = True
-    signal.signal(number, signal.SIG_DFL)  # a second one ends the process
+
+  def _listen(self, reader: int) -> None:
+    seen = set()
+    while number := os.read(reader, 1):
+      if number in seen:
+        os._exit(128 + number[0])
+      if number[0] in self._before:
+        seen.add(number)
+    os.close(reader)
+
+  def close(self) -> None:
+    """Signals do again what they did before."""
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+    signal.set_wakeup_fd(self._before_writer)
+    os.close(self._writer)
 
   def vote(self) -> None:
     """Once an update, on every process."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a file's largest size
 
 
 class UserError(ValueError):
@@ -23,16 +26,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[], int | None]) -> None:
-  """Runs a command's main: UserError prints its message and exits with 2; anything else is a failure while running (1).
-
-  A Stalled one ends the process at once: threads that hang would keep it.
+  """Runs a command's main: UserError, or a full disk, prints its message and exits with 2; anything else is a failure while
+  running (1). A Stalled one ends the process at once: threads that hang would keep it.
   """
   try:
     sys.exit(main() or 0)
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
   except Stalled as error:
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(1)
+  except OSError as error:
+    if error.errno not in FULL:
+      raise
+    print(f"error: {error.filename or 'a file'} can't be written: {error.strerror}. Make room, then try again", file=sys.stderr)
+  sys.exit(2)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from deepgen_jax import atomic
 from deepgen_jax.cli import keep_compiled_programs, parse
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.retrieval import Retrieval, error_outside_change
@@ -96,7 +97,7 @@ def main() -> None:
   folder.mkdir(parents=True, exist_ok=True)
   with (folder / "samples.npz").open("wb") as file:
     np.savez_compressed(file, **samples)
-  (folder / "scores.json").write_text(json.dumps({"stage": arguments.stage} | scores, indent=2) + "\n")
+  atomic.write_text(folder / "scores.json", json.dumps({"stage": arguments.stage} | scores, indent=2) + "\n")
   print(json.dumps({"stage": arguments.stage} | scores))
 
 

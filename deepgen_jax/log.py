@@ -7,6 +7,7 @@ new event file at every checkpoint, so that later files can be deleted whole.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 
@@ -17,6 +18,7 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from deepgen_jax import atomic
 from deepgen_jax.errors import UserError
 
 
@@ -70,6 +72,8 @@ class Log:
     (self._bar.write if self._bar else print)(text)
 
   def checkpointed(self, step: int) -> None:
+    """All rows up to update `step` are on disk afterwards."""
+    os.fsync(self._jsonl.fileno())
     self._writer.close()
     self._writer = self._event_file(step)
 
@@ -84,10 +88,7 @@ class Log:
 
   def _cut(self, start: int) -> None:
     """Removes every row past update `start`."""
-    file = self._workdir / "metrics.jsonl"
-    if file.exists():
-      kept = [line for line in file.read_text().splitlines() if _step_of(line) <= start]
-      file.write_text("".join(line + "\n" for line in kept))
+    _cut_rows(self._workdir / "metrics.jsonl", start)
     if self._tensorboard.exists():
       for events in self._tensorboard.iterdir():
         if int(events.name.rpartition(".from")[2] or 0) >= start:
@@ -102,6 +103,32 @@ class Silent:
 
   def __getattr__(self, name: str):
     return lambda *args, **kwargs: None
+
+
+class SampleLog:
+  """Which samples each update was made of, a row for each batch that a step took; off, it only removes what lies past a start.
+
+  Ids are places in the stream of a task (deepgen_jax/data/loader.py): a run that went well has each once, without a gap.
+  """
+
+  def __init__(self, file: epath.Path, start: int, on: bool):
+    _cut_rows(file, start)
+    self._file = open(file, "a") if on else None  # noqa: SIM115  open for the life of the run
+
+  def write(self, step: int, micro_batch: int, ids) -> None:
+    """ids [B]: the samples of a batch of update `step`, made of the stream's micro-batch of that number."""
+    if self._file:
+      self._file.write(json.dumps({"step": step, "micro_batch": micro_batch, "ids": np.asarray(ids).tolist()}) + "\n")
+
+  def flush(self) -> None:
+    """All rows are on disk afterwards."""
+    if self._file:
+      self._file.flush()
+      os.fsync(self._file.fileno())
+
+  def close(self) -> None:
+    if self._file:
+      self._file.close()
 
 
 class Profiler:
@@ -133,5 +160,12 @@ def _step_of(line: str) -> float:
   """The row's update; a line that a crash cut short counts as past any restored step."""
   try:
     return json.loads(line)["step"]
-  except (json.JSONDecodeError, KeyError):
+  except (json.JSONDecodeError, KeyError, TypeError):
     return float("inf")
+
+
+def _cut_rows(file: epath.Path, start: int) -> None:
+  """Removes every row past update `start`, and what a crash left of one."""
+  if file.exists():
+    lines = file.read_bytes().decode(errors="replace").splitlines()
+    atomic.write_text(file, "".join(line + "\n" for line in lines if _step_of(line) <= start))

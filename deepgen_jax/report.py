@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from deepgen_jax import atomic
 from deepgen_jax.cli import parse
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.reporting.results import Run, Stage, check_same_samples, read_run, read_stage, with_change_of_reward
@@ -33,7 +34,7 @@ def write_report(output: str, stages: Sequence[Stage], runs: Sequence[Run]) -> N
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "report.png").write_bytes(overview)
   (folder / "report.html").write_text(document, encoding="utf-8")
-  (folder / "scores.json").write_text(json.dumps(with_change_of_reward(stages), indent=2) + "\n")
+  atomic.write_text(folder / "scores.json", json.dumps(with_change_of_reward(stages), indent=2) + "\n")
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -6,6 +6,7 @@ The same command resumes. One loop for all stages; what differs between them is 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 
@@ -13,11 +14,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from deepgen_jax import checkpoint, distributed, sharding, stages
+from deepgen_jax import atomic, checkpoint, distributed, sharding, stages
 from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
 from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import UserError, run_command
-from deepgen_jax.log import Log, Profiler, Silent
+from deepgen_jax.log import Log, Profiler, SampleLog, Silent
 from deepgen_jax.stages.step import full_params, in_compute_dtype, jit_step
 
 
@@ -40,13 +41,14 @@ def train(config, workdir: epath.Path) -> None:
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
   frozen = sharding.place(in_compute_dtype(frozen, stage.dtype), sharding.param_shardings(frozen, mesh))
   fresh, state_shardings, step = jit_step(config, stage, trainable, mesh)
-  ckpt = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
-  if ckpt.latest() is None:
+  ckpt = checkpoint.Checkpointer(workdir, **config.checkpoint)
+  restored = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
+  if restored is None:
     trainable = sharding.place(trainable, sharding.param_shardings(trainable, mesh))
     state, data_state = jax.jit(fresh, out_shardings=state_shardings)(trainable), {"micro_batches": 0}
   else:
-    state, data_state = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)
-  del trainable
+    state, data_state = restored
+  del trainable, restored
 
   rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
 
@@ -54,23 +56,42 @@ def train(config, workdir: epath.Path) -> None:
   log = (Log if distributed.is_main() else Silent)(
     workdir, config.steps, done, config.log.every, stage.images or accumulate * config.data.batch_size
   )
+  sample_log = SampleLog(workdir / f"samples{_own()}.jsonl", done, config.log.samples)
   samples = stage.batches.iterate(data_state["micro_batches"])
   stop = distributed.Stop(mesh)
   # (update, metrics of its micro-batches on the device, the stage's own): fetched one update late, so that the device never
   # waits for the host
   pending = None
   programs = set()
-  try:
+
+  def save() -> None:
+    """A checkpoint; what is logged up to it is on disk before it is, so that a kill in between loses no row."""
+    nonlocal pending
+    if pending:
+      log.write(*_fetch(pending, stage, config.max_nonfinite))
+      pending = None
+    sample_log.flush()
+    log.checkpointed(done)
+    ckpt.save(done, state, {"micro_batches": samples.consumed})
+
+  with contextlib.ExitStack() as closing:  # the last comes first, and each whatever the others do
+    if held:
+      closing.callback(held.close)
+    record_data = lambda: _record_data(workdir, stage.batches)  # above all where bad data stopped the run
+    for close in (stop.close, ckpt.close, log.close, sample_log.close, record_data, samples.close, profiler.close):
+      closing.callback(close)
     # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
     # weights of the update that its row names. Metrics are read after the next update has been dispatched.
     while done < config.steps and not (stop and done % stage.period == 0):
-      if done % stage.period == 0 and ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}):
-        log.checkpointed(done)
+      ckpt.check()
+      if done % stage.period == 0 and ckpt.is_due(done):
+        save()
       profiler.at(done)
       metrics = []
       for _ in range(accumulate):
         for batch in stage.prepare(full_params(state, frozen), next(samples)):
           _count_program(programs, batch, config.max_programs)
+          sample_log.write(done + 1, samples.consumed - 1, batch["sample_id"])
           state, found = step(state, frozen, sharding.put_batch(batch, mesh), rng)
           metrics.append(found)
       done += 1
@@ -79,33 +100,31 @@ def train(config, workdir: epath.Path) -> None:
       pending = (done, metrics, stage.scalars())
       stop.vote()
       if done % config.log.every == 0:
-        _record_data(workdir, stage.batches)
+        record_data()
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
         _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
     if pending:
       log.write(*_fetch(pending, stage, config.max_nonfinite), force=True)
-    if ckpt.maybe_save(done, state, {"micro_batches": samples.consumed}, force=True):
-      log.checkpointed(done)
+      pending = None
+    if ckpt.is_due(done, force=True):
+      save()
     if done >= config.steps:
       stage.finish(sharding.merge(_weights(state), frozen))
     else:
       log.say(f"stopped at update {done}; the same command goes on from here")
-  finally:
-    profiler.close()
-    samples.close()
-    _record_data(workdir, stage.batches)  # above all where bad data stopped the run
-    ckpt.close()
-    log.close()
-    if held:
-      held.close()
 
 
 def _take(workdir: epath.Path, config_json: str):
   """Makes the workdir and this run's own; -> what holds its lock."""
   workdir.mkdir(parents=True, exist_ok=True)
   held = checkpoint.lock(workdir)
-  (workdir / "config.json").write_text(config_json)
+  atomic.write_text(workdir / "config.json", checkpoint.recorded(config_json))
   return held
+
+
+def _own() -> str:
+  """What a file that each of several processes writes has in its name."""
+  return "" if distributed.is_main() else f".{jax.process_index()}"
 
 
 def _count_program(programs: set, batch: dict, limit: int) -> None:
@@ -148,11 +167,10 @@ def _record_data(workdir: epath.Path, batches) -> None:
   """What became of the data so far: counts of each source, and the samples that were replaced, if any. Of several processes
   each writes of its own rows.
   """
-  own = "" if distributed.is_main() else f".{jax.process_index()}"
   if counts := batches.counts():
-    (workdir / f"data_counts{own}.json").write_text(json.dumps(counts, indent=2) + "\n")
+    atomic.write_text(workdir / f"data_counts{_own()}.json", json.dumps(counts, indent=2) + "\n")
   if bad := batches.bad_samples():
-    (workdir / f"bad_samples{own}.jsonl").write_text("".join(json.dumps(b._asdict()) + "\n" for b in bad))
+    atomic.write_text(workdir / f"bad_samples{_own()}.jsonl", "".join(json.dumps(b._asdict()) + "\n" for b in bad))
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

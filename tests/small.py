@@ -52,9 +52,9 @@ def draw_params(config=CONFIG):
   return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(DeepGen(config).init, jax.random.key(0)))
 
 
-def save_model(folder, params, parts=PARTS):
+def save_model(folder, params, parts=PARTS, config=CONFIG):
   """Writes a model directory."""
-  model_dir.save(folder, CONFIG, {part: params[part] for part in parts}, build_tiny_tokenizer())
+  model_dir.save(folder, config, {part: params[part] for part in parts}, build_tiny_tokenizer())
   return folder
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from deepgen_jax import checkpoint, distributed
+from deepgen_jax import checkpoint, distributed, sharding
 from deepgen_jax.errors import UserError
 from tests.small import draw_params, save_model
 
@@ -159,3 +159,39 @@ def test_what_fails_on_the_main_process_fails_here():
   with pytest.raises(UserError, match="the folder is full"):
     distributed.on_main(fail)
   assert distributed.on_main(lambda: 3) == 3
+
+
+# Stands for a long compilation: a wait outside Python that no signal ends.
+STUCK = """
+import ctypes
+from deepgen_jax import distributed, sharding
+stop = distributed.Stop(sharding.make_mesh())
+print("ready", flush=True)
+mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+lock(mutex)
+lock(mutex)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_a_run_at_once_whatever_it_does(number):
+  process = subprocess.Popen([sys.executable, "-c", STUCK], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+  try:
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    with pytest.raises(subprocess.TimeoutExpired):  # the first one waits for the update to end
+      process.wait(1)
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
+  finally:
+    process.kill()
+
+
+def test_after_a_run_signals_do_what_they_did_before():
+  before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+  stop = distributed.Stop(sharding.make_mesh())
+  os.kill(os.getpid(), signal.SIGTERM)
+  stop.vote()
+  assert stop
+  stop.close()
+  assert {number: signal.getsignal(number) for number in before} == before

@@ -9,7 +9,7 @@ from etils import epath
 from PIL import Image
 
 from deepgen_jax.errors import UserError
-from deepgen_jax.log import Log, Profiler
+from deepgen_jax.log import Log, Profiler, SampleLog
 from deepgen_jax.train import _count_program
 
 
@@ -48,6 +48,24 @@ def test_resuming_removes_what_lies_past_the_restored_update(tmp_path):
   assert events() == {"0", "4"}  # the later file is new
   make_log(tmp_path, start=2).close()
   assert [row["step"] for row in rows(tmp_path)] == [2] and events() == {"0", "2"}
+
+
+def test_ids_of_samples_are_logged_and_cut_like_rows(tmp_path):
+  file = epath.Path(tmp_path / "samples.jsonl")
+  log = SampleLog(file, 0, on=True)
+  for step in (1, 2, 3):
+    log.write(step, step - 1, np.array([2 * step, 2 * step + 1], np.uint32))
+  log.flush()
+  kept = lambda: [json.loads(line) for line in file.read_text().splitlines()]
+  assert kept()[1] == {"step": 2, "micro_batch": 1, "ids": [4, 5]} and len(kept()) == 3
+  log.close()
+  with file.open("ab") as stream:
+    stream.write(b'{"step": 3, "micro_ba\xff\x00')  # a power cut
+  SampleLog(file, 2, on=False).close()  # switched off since: what lies past the restart goes all the same
+  assert [row["step"] for row in kept()] == [1, 2]
+  assert not (tmp_path / "none.jsonl").exists()
+  SampleLog(epath.Path(tmp_path / "none.jsonl"), 0, on=False).write(1, 0, [1])
+  assert not (tmp_path / "none.jsonl").exists()
 
 
 def test_pictures_are_files_too(tmp_path):

@@ -10,7 +10,6 @@ is needed: `Weights` is sizes, names, shapes, and how to get at the values.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -346,9 +345,14 @@ def _open_checkpoint(file: epath.Path, lora_alpha: float | None) -> Opened:
 
 def _open_workdir(folder: epath.Path, weights: str, parts: Sequence[str], bases: Sequence) -> Opened:
   """A workdir of ours with what its run started from: complete."""
-  config = json.loads((folder / "config.json").read_text())
+  config = checkpoint.read_config(folder)
   trained = {name: files.in_memory(x) for name, x in checkpoint.load_trained(folder, weights).items()}
   base, *more = bases or [config["init"]]
+  if not bases and base != "tiny" and not epath.Path(base).exists():
+    raise UserError(
+      f"workdir {folder}: the model that its run started from, {base!r}, isn't there: no such folder. If it was moved, name "
+      f"its new place with --base, or as init in {folder / 'config.json'}"
+    )
   below = open_weights(base, more, "raw", parts=parts)
   settings = config["lora"]
   factors = {}
