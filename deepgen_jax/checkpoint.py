@@ -114,7 +114,8 @@ class Checkpointer:
     _, (leaves, data), damaged = found
     distributed.on_main(lambda: [_move_aside(self._folder / str(step)) for step in damaged])
     self._manager.reload()
-    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], abstract_state), data
+    state = jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], abstract_state)
+    return state, {"micro_batches": data["micro_batches"]}
 
   def close(self) -> None:
     """Waits for what is being written; raises UserError if the disk was full."""
@@ -187,14 +188,25 @@ def _read_state(folder: epath.Path, target: dict) -> tuple[dict, dict]:
         "--workdir, or the version that wrote it"
       )
   data = _read_data(folder)
-  leaves = ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target))
-  _verify(leaves, data)
-  return leaves, {"micro_batches": data["micro_batches"]}
+  return ocp.StandardCheckpointHandler().restore(folder / "state", args=ocp.args.StandardRestore(target)), data
 
 
-def _newest_whole(folder: epath.Path, read: Callable[[epath.Path], Any]):
-  """-> (step, read(its folder), [steps that are newer, but damaged]) of the newest checkpoint that `read` can read; None if
-  there is none at all. Called by all processes: one that fails on any is damaged for all. Raises UserError if all are damaged.
+def _attempt(act: Callable, *args) -> tuple[Any, str]:
+  """-> (act(*args), ""), or (None, what is damaged)."""
+  try:
+    return act(*args), ""
+  except UserError:
+    raise
+  except Exception as error:
+    if isinstance(error, _OUTSIDE) or _UNREACHABLE.search(str(error)):
+      raise
+    return None, (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+def _newest_whole(folder: epath.Path, read: Callable[[epath.Path], tuple[dict, dict]], verify: Callable = _verify):
+  """-> (step, read(its folder), [steps that are newer, but damaged]) of the newest checkpoint that `read` can read and
+  `verify(leaves, data state)` lets pass; None if there is none at all. Called by all processes: one that fails on any is
+  damaged for all. Raises UserError if all are damaged.
   """
   damaged: dict[int, str] = {}
   while True:
@@ -203,15 +215,9 @@ def _newest_whole(folder: epath.Path, read: Callable[[epath.Path], Any]):
     step = distributed.largest([max(steps, default=-1)])
     if step < 0:
       break
-    problem, result = "", None
-    try:
-      result = read(folder / str(step))
-    except UserError:
-      raise
-    except Exception as error:
-      if isinstance(error, _OUTSIDE) or _UNREACHABLE.search(str(error)):
-        raise
-      problem = (str(error) or type(error).__name__).splitlines()[0][:200]
+    result, problem = _attempt(read, folder / str(step))
+    if not distributed.largest([int(bool(problem))]):  # all have read their part: what follows takes all of them
+      _, problem = _attempt(verify, *result)
     if distributed.largest([int(bool(problem))]):
       damaged[step] = problem or "another process can't read it"
       continue
@@ -300,7 +306,8 @@ def _require(found, workdir):
 
 def stored(workdir: epath.Path) -> tuple[int, dict]:
   """-> (step, {path: what has a shape and a dtype}) of a workdir's newest checkpoint; no value is read."""
-  step, leaves, _ = _require(_newest_whole(_folder(workdir), _metadata), workdir)
+  found = _newest_whole(_folder(workdir), lambda folder: (_metadata(folder), {}), verify=lambda *_: None)
+  step, (leaves, _), _ = _require(found, workdir)
   return step, leaves
 
 
@@ -310,15 +317,14 @@ def load_trained(workdir: epath.Path, weights: str = "ema") -> dict:
   """
   here = SingleDeviceSharding(jax.local_devices()[0])  # whatever mesh wrote it
 
-  def read(folder: epath.Path) -> dict:
+  def read(folder: epath.Path) -> tuple[dict, dict]:
     there, data = _metadata(folder), _read_data(folder)
     kind = "ema" if weights == "ema" and any(name.startswith("ema/") for name in there) else "params"
     target = {name: leaf for name, leaf in there.items() if name.startswith(f"{kind}/")}
     target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in target.items()}
     options = ocp.checkpoint_utils.construct_restore_args(target)
     args = ocp.args.PyTreeRestore(target, restore_args=options, partial_restore=True)
-    leaves = ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args)
-    _verify(leaves, data)
-    return {name.removeprefix(f"{kind}/"): jax.device_get(leaf) for name, leaf in leaves.items()}
+    return ocp.PyTreeCheckpointHandler().restore(folder / "state", args=args), data
 
-  return _require(_newest_whole(_folder(workdir), read), workdir)[1]
+  _, (leaves, _), _ = _require(_newest_whole(_folder(workdir), read), workdir)
+  return {name.partition("/")[2]: jax.device_get(leaf) for name, leaf in leaves.items()}
