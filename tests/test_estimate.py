@@ -11,6 +11,7 @@ from deepgen_jax import estimate, sharding
 from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError
 from deepgen_jax.estimating.inputs import train_batch
+from deepgen_jax.estimating.plan import make_plan, sample_flops
 from deepgen_jax.estimating.program import OutOfMemory
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
@@ -67,6 +68,55 @@ def test_a_full_size_block_of_each_network_compiles_with_its_kernels(monkeypatch
   estimate.main()
   report = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert report["fits"] and 0 < report["attention_s"] < report["step_s"] and 0.05 < report["mfu"] < 1
+
+
+REINFORCE = [
+  *("--config", "configs/grpo.py:tiny"),
+  *(option for option in SMALL if "lora" not in option and "pattern" not in option),
+  "--config.grpo.prompts=4",
+  "--config.grpo.group_size=4",
+  "--config.grpo.rollout_batch=8",
+  "--config.grpo.updates_per_rollout=2",
+  "--config.grpo.micro_batch=4",
+  "--config.grpo.steps=4",
+  "--config.grpo.window=3",
+  "--config.grpo.train_steps=2",
+  "--config.grpo.sft_weight=0.1",
+  "--config.grpo.sft_every=2",
+]
+
+
+def test_an_update_of_stage_3_is_a_share_of_its_rollout_and_its_steps(monkeypatch, capsys):
+  monkeypatch.setattr(estimate, "sampler", lambda *_: None)  # compiled above
+  report, printed = run(monkeypatch, capsys, *REINFORCE)
+  assert report["fits"] is True and 0 < report["mfu"] < 1 and "judging" in printed
+  assert report["seconds"].keys() == {"rollout", "take", "old", "policy", "generate", "moments", "optimizer"}
+  assert report["step_s"] == pytest.approx(sum(report["seconds"].values())) and min(report["seconds"].values()) > 0
+  assert report["images_per_s"] == pytest.approx(8 / report["step_s"])
+  assert report["peak_gib"] == pytest.approx(sum(report[f"{k}_gib"] for k in ("parameters", "optimizer", "activations")))
+  assert report["peak_of"] in report["seconds"]
+
+
+def test_what_an_update_of_stage_3_runs(monkeypatch):
+  monkeypatch.setitem(SIZES, "tiny", CONFIG)
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
+  configure = lambda *more: load_config("configs/grpo.py:tiny", [o.removeprefix("--config.") for o in (*REINFORCE[2:], *more)])
+  plan = make_plan(configure(), mesh, 50)
+  runs = {name: part.runs for name, part in plan.parts.items()}
+  assert runs == {"rollout": 1, "take": 2, "old": 4, "policy": 4, "generate": 0.5, "moments": 0.5} and plan.images == 8
+  kept = (
+    16 * (4 * 16 * 64 * 4 + 3 * 4) / 4
+  )  # four latents and three log-probabilities of each sample, of them a device has a quarter
+  assert kept < plan.parts["policy"].beside < 2 * kept
+  without = make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50)
+  assert {name: part.runs for name, part in without.parts.items()} == {"rollout": 2, "take": 1, "policy": 2}
+  two, three, four = (sample_flops(configure(f"grpo.steps={s}", "grpo.window=1"), 50) for s in (2, 3, 4))
+  forward = three["rollout"] - two["rollout"]  # one step of the sampler
+  assert four["rollout"] - three["rollout"] == forward > 0
+  assert plan.flops == pytest.approx(
+    8 * (four["rollout"] + 2 * four["policy"]) + 0.5 * 4 * (four["generate"] + four["moments"])
+  )
+  assert 3 * forward < four["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference
 
 
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):

@@ -11,11 +11,12 @@ from deepgen_jax import sharding
 from deepgen_jax.checkpoint import Checkpointer
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError
+from deepgen_jax.estimating.inputs import policy_batch, rollout_arguments
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.lora import path_name
 from deepgen_jax.rl.rollout import make_velocity, replay
-from deepgen_jax.stages import grpo
+from deepgen_jax.stages import grpo, rollouts
 from deepgen_jax.stages.grpo import Judging
 from deepgen_jax.stages.step import full_params, init_state, make_optimizer, make_train_step
 from deepgen_jax.weights.load import load_model
@@ -147,6 +148,16 @@ def test_with_one_update_the_ratio_is_one_and_the_replay_is_the_rollout(first):
   assert m["ratio"] == m["ratio_min"] == m["ratio_max"] == 1 and m["clip_fraction"] == 0
   assert 0 <= m["replay_difference"] <= 1e-5
   assert m["grad_norm"] > 0 and m["grad_norm_policy"] == pytest.approx(m["grad_norm"], rel=1e-5)
+
+
+def test_the_estimate_compiles_for_the_batches_that_training_makes(first, base):
+  config, model = configure(base), DeepGen(CONFIG)
+  arguments = rollout_arguments(config, model, first.run.mesh, 16, 60)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  made = jax.eval_shape(rollouts.sampler(config.grpo, model), params, *arguments)
+  chunk = arguments[0] | {name: getattr(made, name) for name in rollouts.kept(config.grpo)}
+  shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+  assert shapes(policy_batch(config, model, first.run.mesh, chunk, 16)) == shapes(first.batches[0])
 
 
 def test_metrics_say_what_the_rewards_were(first):
