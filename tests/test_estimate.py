@@ -10,8 +10,8 @@ import pytest
 from deepgen_jax import estimate, sharding
 from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError
+from deepgen_jax.estimating import plan as plans
 from deepgen_jax.estimating.inputs import train_batch
-from deepgen_jax.estimating.plan import make_plan, sample_flops
 from deepgen_jax.estimating.program import OutOfMemory
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
@@ -101,22 +101,21 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   monkeypatch.setitem(SIZES, "tiny", CONFIG)
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
   configure = lambda *more: load_config("configs/grpo.py:tiny", [o.removeprefix("--config.") for o in (*REINFORCE[2:], *more)])
-  plan = make_plan(configure(), mesh, 50)
+  two, four = (plans.sample_flops(configure(f"grpo.steps={s}", "grpo.window=1", "grpo.train_steps=1"), 50) for s in (2, 4))
+  forward = (four["rollout"] - two["rollout"]) / 2  # one step of the sampler
+  assert forward > 0 and 0 < four["rollout"] - 4 * forward < four["rollout"] / 2  # the rest decodes
+  assert 3 * forward < four["policy"] == two["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference
+
+  monkeypatch.setattr(plans, "sample_flops", lambda *_: four)
+  plan = plans.make_plan(configure(), mesh, 50)
   runs = {name: part.runs for name, part in plan.parts.items()}
   assert runs == {"rollout": 1, "take": 2, "old": 4, "policy": 4, "generate": 0.5, "moments": 0.5} and plan.images == 8
-  kept = (
-    16 * (4 * 16 * 64 * 4 + 3 * 4) / 4
-  )  # four latents and three log-probabilities of each sample, of them a device has a quarter
+  learned = 8 * (four["rollout"] + 2 * four["policy"]) + 0.5 * 4 * (four["generate"] + four["moments"])
+  assert plan.flops == pytest.approx(learned)
+  kept = 16 * (4 * 16 * 64 * 4 + 3 * 4) / 4  # four latents and three log-probabilities of a sample; a device has a quarter
   assert kept < plan.parts["policy"].beside < 2 * kept
-  without = make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50)
+  without = plans.make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50)
   assert {name: part.runs for name, part in without.parts.items()} == {"rollout": 2, "take": 1, "policy": 2}
-  two, three, four = (sample_flops(configure(f"grpo.steps={s}", "grpo.window=1"), 50) for s in (2, 3, 4))
-  forward = three["rollout"] - two["rollout"]  # one step of the sampler
-  assert four["rollout"] - three["rollout"] == forward > 0
-  assert plan.flops == pytest.approx(
-    8 * (four["rollout"] + 2 * four["policy"]) + 0.5 * 4 * (four["generate"] + four["moments"])
-  )
-  assert 3 * forward < four["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference
 
 
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):

@@ -203,6 +203,34 @@ def test_the_reward_rises(first):
   assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 2 * first.metrics["reward_std/redness/colours"]
 
 
+def test_processes_share_the_groups_and_what_they_found(monkeypatch):
+  """Each image is judged once, by the process that has all of its group; a missing score stays missing."""
+  images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+  prompts = [prompt("a", redness=1.0), prompt("b"), prompt("c", redness=0.5)]
+  told, seen = [], []
+
+  def judge(index, count, others):
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(rollouts.distributed, "shared", lambda text: (told.append(text), others or [text])[1])
+    judges = rollouts.Judges(Judge(lambda item: np.nan if (item.image == images[1]).all() else item.image.mean() / 3), 2)
+    judges.submit(prompts[:1], images[:2])
+    judges.submit(prompts[1:], images[2:], first_group=1)
+    seen.append([item.group for items in judges._score.seen for item in items])
+    return judges.result()
+
+  whole = judge(0, 1, None)
+  assert np.isnan(whole[0][1]) and np.isnan(whole[0]).sum() == 1 and whole[1][:, 0].tolist() == [1, 1, 0, 0, 0.5, 0.5]
+  for index in range(2):
+    judge(index, 2, None)
+  assert seen[1:] == [[0, 0, 2, 2], [1, 1]]
+  for index in range(2):
+    rewards, weights, names = judge(index, 2, told[1:3])
+    np.testing.assert_array_equal(rewards, whole[0])
+    np.testing.assert_array_equal(weights, whole[1])
+    assert names == whole[2]
+
+
 EDITS = Prompts(prompt("a cat", redness=1.0), prompt("redder", (random_image(64, 64), random_image(64, 32, 1)), redness=2.0))
 
 
