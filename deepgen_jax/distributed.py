@@ -82,13 +82,31 @@ def on_main(fn: Callable[[], T]) -> T | None:
   return result
 
 
-def check_same(text: str) -> None:
-  """Raises UserError, on every process, unless all call this with the same text: their configs."""
+def check_same(text: str, what: str = "config", advice: str = "start all with the same options") -> None:
+  """Raises UserError, on every process, unless all call this with the same text: their configs, say."""
+  digests = shared(hashlib.sha256(text.encode()).hexdigest())
+  if odd := [i for i, digest in enumerate(digests) if digest != digests[0]]:
+    raise UserError(f"processes {odd} have another {what} than process 0; {advice}")
+
+
+def shared(text: str) -> list[str]:
+  """What each process has to say, on every one, in their order; called by all."""
   if jax.process_count() == 1:
-    return
-  digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
-  if odd := [i for i, digest in enumerate(digests) if bytes(digest) != bytes(digests[0])]:
-    raise UserError(f"processes {odd} were started with another config than process 0; start all with the same options")
+    return [text]
+  own = np.frombuffer(text.encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([len(own)], np.int32))[:, 0]
+  told = multihost_utils.process_allgather(np.pad(own, (0, max(sizes) - len(own))))
+  return [bytes(row[:size]).decode() for row, size in zip(told, sizes)]
+
+
+def gathered(tree):
+  """A tree of arrays, wherever they lie, as whole numpy arrays on every process; called by all, leaf by leaf."""
+
+  def gather(x):
+    here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+    return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
+
+  return jax.tree.map(gather, tree)
 
 
 def largest(name: str, counts: Sequence[int]) -> list[int]:
@@ -116,7 +134,7 @@ def forget(name: str) -> None:
 
 def whole_on(tree, shardings):
   """A tree of arrays that several processes hold, in shardings over each one's own devices; called by all, leaf by leaf."""
-  return jax.tree.map(lambda x, s: jax.device_put(multihost_utils.process_allgather(x, tiled=True), s), tree, shardings)
+  return jax.tree.map(lambda x, s: jax.device_put(gathered(x), s), tree, shardings)
 
 
 class Stop:

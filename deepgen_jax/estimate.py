@@ -2,15 +2,16 @@
 
     python -m deepgen_jax.estimate --config configs/sft.py:full --topology v5p:2x2x2 [--json] [--config.KEY=VALUE ...]
 
-Compiles the very step that `train` runs, the encoders of its images and the sampler with libtpu's compiler, for a topology by
-name. Memory is what the compiler allots. Time is modelled:
+Compiles the very programs that `train` runs (the step, the encoders of images, in stage 3 the rollout) and the sampler, with
+libtpu's compiler, for a topology by name. Memory is what the compiler allots. Time is modelled:
 
-    update  = sum over its micro-batches of (step + encoders), and the optimizer once
+    update  = sum over its micro-batches of (step + encoders), and the optimizer once; in stage 3
+              rollout / updates_per_rollout + timesteps x micro-batches x step, and the supervised batch
     program = roofline of each operation x how often it runs + attention kernels + collectives that nothing hides
-    MFU     = model FLOPs (real tokens, nothing recomputed, nothing padded) of VLM, SCB, DiT and encoders
-              / (update seconds x peak x chips)
+    MFU     = model FLOPs (real tokens, nothing recomputed, nothing padded) of VLM, SCB, DiT, encoders and a rollout's
+              sampling and decoding / (update seconds x peak x chips)
 
-Gaps, also printed: see `GAPS`.
+Gaps, also printed: see `GAPS` and `ROLLOUT_GAPS`.
 """
 
 from __future__ import annotations
@@ -20,27 +21,18 @@ import json
 import sys
 
 import jax
-import numpy as np
 
 from deepgen_jax import sharding
 from deepgen_jax.cli import parse, split_overrides
 from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.estimating.chips import Chip, topology
-from deepgen_jax.estimating.flops import count_flops
-from deepgen_jax.estimating.inputs import (
-  bytes_per_device,
-  placed,
-  references_of,
-  sampler_inputs,
-  train_batch,
-  train_programs,
-)
+from deepgen_jax.estimating.inputs import bytes_per_device, sampler_inputs
+from deepgen_jax.estimating.plan import Plan, make_plan
 from deepgen_jax.estimating.program import OutOfMemory, Program, compile_program
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.pipeline import jit_sampler
-from deepgen_jax.stages import supervised
-from deepgen_jax.stages.encode import ImageEncoder
+from deepgen_jax.stages import grpo, supervised
 
 GIB = 2**30
 GAPS = """\
@@ -54,104 +46,69 @@ how step_s is modelled, and what it leaves out:
 - prompts have {prompt_tokens} tokens besides vision tokens, an edit one reference, images are {side}x{side}. Reading data,
   host transfers, checkpoints and evaluation are assumed to be hidden.
 - the sampler leaves out the encoding of prompts."""
+ROLLOUT_GAPS = """\
+- a rollout's prompts have no references; their encoding, the judging of its images and what waits for it aren't counted, and
+  neither is cutting a trajectory's next step out of what is kept. Of its FLOPs, those that compute old log-probabilities again
+  for a second update aren't the model's."""
 
 
 def estimate(config, name: str, prompt_tokens: int = 100, steps: int = 50) -> dict:
   """The report as a dict (README of its keys: `show`). Raises UserError for what can't be estimated; what doesn't fit is
   reported.
   """
-  if config.stage != "supervised":
-    raise UserError(f"the estimate knows stage 'supervised' (configs/align.py, configs/sft.py), not {config.stage!r}")
+  if config.stage not in ("supervised", "grpo"):
+    raise UserError(f"the estimate knows stages 1 to 3 (configs/align.py, sft.py and grpo.py), not {config.stage!r}")
   chip, devices = topology(name)
   mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   shares = mesh.shape["data"] * mesh.shape["fsdp"]
   if config.data.batch_size % shares:
     raise UserError(f"config.data.batch_size {config.data.batch_size} must be a multiple of the {shares} devices that share it")
-  model = supervised.make_model(config, SIZES[config.size], platform="tpu")
-  step, state, frozen, rng = train_programs(config, model, mesh)
-  resident = {
-    "parameters": bytes_per_device((state.params, frozen)),
-    "optimizer": bytes_per_device((state.opt_state, state.grads, state.ema)),
-  }
+  if config.stage == "grpo":
+    grpo.check(config, shares)
+  plan = make_plan(config, mesh, prompt_tokens)
+  resident = sum(plan.resident.values())
   report = {"topology": name, "chips": len(devices), "hbm_gib": chip.hbm / GIB, "fits": True}
-  report |= {f"{key}_gib": value / GIB for key, value in resident.items()}
+  report |= {f"{key}_gib": value / GIB for key, value in plan.resident.items()}
   report |= dict.fromkeys(("activations_gib", "peak_gib", "step_s", "step_s_slow", "mfu", "images_per_s", "model_tflops"))
   compiled: dict[str, Program] = {}
   try:
-    for task in dict.fromkeys(config.data.pattern):
-      batch = train_batch(config, model, task, prompt_tokens, config.data.batch_size)
-      batch = placed(batch, jax.tree.map(lambda _: sharding.batch_sharding(mesh), batch))
-      compiled[task] = compile_program(step.lower(state, frozen, batch, rng), chip)
-    compiled |= _encoders(model, mesh, frozen, chip, any(map(references_of, config.data.pattern)))
+    for part, own in plan.parts.items():
+      compiled[part] = compile_program(own.lower(), chip)
   except OutOfMemory as error:
-    needed = error.needed + (0 if error.whole else sum(resident.values()))
-    return report | {"fits": False, "peak_gib": needed / GIB, "compile_s": _compile_seconds(compiled), "sampler": None}
-  activations = max(program.temporary for program in compiled.values())
-  peak = sum(resident.values()) + activations
-  report |= {"activations_gib": activations / GIB, "peak_gib": peak / GIB, "fits": peak <= chip.hbm}
-  report |= _speed(config, model, compiled, ImageEncoder(model, mesh=mesh).batch, chip, len(devices), prompt_tokens)
+    needed = error.needed + own.beside + (0 if error.whole else resident)
+    report |= {"fits": False, "peak_gib": needed / GIB, "peak_of": part, "sampler": None}
+    return report | {"compile_s": _compile_seconds(compiled)}
+  memory = {part: plan.parts[part].beside + program.temporary for part, program in compiled.items()}
+  most = max(memory, key=memory.get)
+  peak = resident + memory[most]
+  report |= {"activations_gib": memory[most] / GIB, "peak_gib": peak / GIB, "peak_of": most, "fits": peak <= chip.hbm}
+  report |= _speed(plan, compiled, chip, len(devices))
   report["compile_s"] = _compile_seconds(compiled)
   report["sampler"] = sampler(config, chip, devices, prompt_tokens, steps)
   return report
 
 
-def _encoders(model, mesh, frozen, chip: Chip, references: bool) -> dict[str, Program]:
-  """The VAE's encoder and, for references, the vision tower, as `ImageEncoder` runs them."""
-  encoder, side = ImageEncoder(model, mesh=mesh), model.config.image_size
-  images = jax.ShapeDtypeStruct((encoder.batch, side, side, 3), np.uint8, sharding=sharding.batch_sharding(mesh))
-  parts = {"moments": {"vae": frozen["vae"]}}
-  if references:
-    parts["features"] = {"vlm": {"vision": frozen["vlm"]["vision"]}}
-  return {name: compile_program(encoder.programs[name].lower(part, images), chip) for name, part in parts.items()}
-
-
-def _speed(config, model, compiled: dict[str, Program], encoded: int, chip: Chip, chips: int, prompt_tokens: int) -> dict:
+def _speed(plan: Plan, compiled: dict[str, Program], chip: Chip, chips: int) -> dict:
   """Seconds, images a second and MFU of one update."""
-  size, tasks = config.data.batch_size, list(config.data.pattern)
-  pictures = {"moments": sum(1 + references_of(task) for task in tasks), "features": sum(map(references_of, tasks))}
-  runs = {task: tasks.count(task) for task in tasks} | {name: -(-count * size // encoded) for name, count in pictures.items()}
-  parts = {name: runs[name] * program.seconds for name, program in compiled.items()}
+  runs = {name: part.runs for name, part in plan.parts.items()}
+  over = lambda value: {name: runs[name] * value(program) for name, program in compiled.items()}
   # The optimizer is a branch of every micro-batch's program that is taken once an update.
-  skipped = [(compiled[task].branch, compiled[task].slow_branch) for task in tasks]
-  slow = sum(runs[name] * program.slow_seconds for name, program in compiled.items()) - sum(s for _, s in skipped[1:])
-  seconds = sum(parts.values()) - sum(s for s, _ in skipped[1:])
-  flops = model_flops(config, model, prompt_tokens)
-  total = size * (sum(flops[task] for task in tasks) + sum(count * flops[name] for name, count in pictures.items()))
+  updating = [compiled[name] for name, part in plan.parts.items() if part.updates]
+  skipped = lambda name, seconds: seconds if plan.parts[name].updates else 0.0
+  parts = {name: runs[name] * (program.seconds - skipped(name, program.branch)) for name, program in compiled.items()}
+  slow = sum(runs[name] * (program.slow_seconds - skipped(name, program.slow_branch)) for name, program in compiled.items())
+  parts["optimizer"] = max(program.branch for program in updating)
+  slow += max(program.slow_branch for program in updating)
+  seconds = sum(parts.values())
   return {
     "step_s": seconds,
     "step_s_slow": slow,
-    "mfu": total / (seconds * chip.peak * chips),
-    "images_per_s": len(tasks) * size / seconds,
-    "model_tflops": total / 1e12,
-    "seconds": parts | {"optimizer": skipped[0][0]},
-    "attention_s": sum(runs[name] * program.kernel_seconds for name, program in compiled.items()),
-    "collectives_s": sum(runs[name] * program.exposed_seconds for name, program in compiled.items()),
-  }
-
-
-def model_flops(config, model, prompt_tokens: int) -> dict[str, float]:
-  """FLOPs of one sample by task (forward and backward), of one image's VAE encoding ("moments") and vision tokens ("features").
-
-  Counted in the gradient of the stage's own loss, for a sample without padding and without recomputation.
-  """
-  plain = supervised.make_model(config.copy_and_resolve_references().unlock(), SIZES[config.size], platform="tpu")
-  plain = type(model)(plain.config, plain.dtype)  # no remat, attention as plain products
-  params = jax.eval_shape(lambda key: supervised.complete(config, plain, plain.init(key)), jax.random.key(0))
-  trainable, frozen = sharding.partition(params, config.trainable)
-  loss = supervised.make_loss(config, plain)
-  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
-
-  def gradient(trainable, frozen, batch, keys):
-    return jax.grad(lambda part: loss(sharding.merge(part, frozen), batch, keys)[0].mean())(trainable)
-
-  counts = {}
-  for task in dict.fromkeys(config.data.pattern):
-    batch = train_batch(config, plain, task, prompt_tokens, 1, padded=False)
-    counts[task] = count_flops(gradient, trainable, frozen, batch, keys)
-  image = jax.ShapeDtypeStruct((1, plain.config.image_size, plain.config.image_size, 3), np.uint8)
-  return counts | {
-    "moments": count_flops(plain.encode_moments, params, image),
-    "features": count_flops(plain.vision_features, params, image),
+    "mfu": plan.flops / (seconds * chip.peak * chips),
+    "images_per_s": plan.images / seconds,
+    "model_tflops": plan.flops / 1e12,
+    "seconds": parts,
+    "attention_s": sum(over(lambda program: program.kernel_seconds).values()),
+    "collectives_s": sum(over(lambda program: program.exposed_seconds).values()),
   }
 
 
@@ -187,8 +144,16 @@ def advice(config, report: dict) -> str:
   tries = [f"--config.{less}"] if less else []
   if config.mesh.fsdp not in (-1, report["chips"]):
     tries.append(f"--config.mesh.data=1 --config.mesh.fsdp={report['chips']}")
-  tries += [f"--config.data.batch_size={config.data.batch_size // 2} with twice the pattern", "a larger topology"]
-  return f"peak {report['peak_gib']:.1f} GiB of {report['hbm_gib']:.1f}: try {' or '.join(tries[:3])}"
+  if config.stage == "grpo":
+    key, whole = "micro_batch", config.grpo.prompts * config.grpo.group_size // config.grpo.updates_per_rollout
+    if report["peak_of"] == "rollout":
+      key, whole = "rollout_batch", whole * config.grpo.updates_per_rollout
+    tries.append(f"--config.grpo.{key}={(config.grpo[key] or whole) // 2}")
+  else:
+    tries.append(f"--config.data.batch_size={config.data.batch_size // 2} with twice the pattern")
+  tries.append("a larger topology")
+  peak = f"peak {report['peak_gib']:.1f} GiB of {report['hbm_gib']:.1f}"
+  return f"{peak}: try {' or '.join(tries[:3])} (most is needed by {report['peak_of']})"
 
 
 def show(config, report: dict) -> None:
@@ -238,6 +203,8 @@ def main() -> int:
   show(config, report)
   gaps = {"prompt_tokens": arguments.prompt_tokens, "side": SIZES[config.size].image_size}
   print(GAPS.format(attention=topology(arguments.topology)[0].attention, **gaps))
+  if config.stage == "grpo":
+    print(ROLLOUT_GAPS)
   if arguments.json:
     print(json.dumps(report), flush=True)
   if not report["fits"]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from deepgen_jax import checkpoint, sharding
+from deepgen_jax import checkpoint, distributed, sharding
 from deepgen_jax.data import prompts as prompting
 from deepgen_jax.data.images import fix_pixels, load_image
 from deepgen_jax.errors import UserError
@@ -46,7 +46,10 @@ class PipelineOutput:
 
 
 class DeepGenPipeline:
-  """A model with its tokenizer, ready to generate and edit. `from_pretrained` is the usual way in."""
+  """A model with its tokenizer, ready to generate and edit. `from_pretrained` is the usual way in.
+
+  On a mesh over several processes all of them make the same calls, and all get what these return.
+  """
 
   def __init__(self, config: DeepGenConfig, params: Mapping, tokenizer, dtype=None, mesh=None):
     """params: all four parts; LoRA is merged. dtype None: bfloat16 on TPU and GPU, float32 on CPU."""
@@ -59,7 +62,7 @@ class DeepGenPipeline:
     unroll = on_cpu and config.text.num_layers <= UNROLLED_LAYERS
     self.model = DeepGen(config, _dtype(dtype), unroll, attention=attention)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
-    self.params = jax.device_put(merged, sharding.param_shardings(merged, self.mesh))
+    self.params = sharding.place(merged, sharding.param_shardings(merged, self.mesh))
     program = lambda fn: jax.jit(sharding.on_mesh(self.mesh, fn))
     self._condition = program(self.model.condition)
     self._features = program(self.model.vision_features)
@@ -105,7 +108,8 @@ class DeepGenPipeline:
       rows.append(prompting.tokenize(self.tokenizer, "edit" if row else "generate", text, sizes))
     inputs = prompting.collate(rows, self.config.scb.num_think_tokens)
     if any(images):
-      encoded = {id(image): np.asarray(self._features(self.params, image[None]))[0] for row in images for image in row}
+      each = {id(image): image for row in images for image in row}
+      encoded = {key: distributed.gathered(self._features(self.params, image[None]))[0] for key, image in each.items()}
       features = [[encoded[id(image)] for image in row] for row in images]
       vision = [np.concatenate(row) if row else np.zeros((0, self.config.vision.out_size), np.float32) for row in features]
       longest = token_budget([len(v) for v in vision], 4)
@@ -181,7 +185,7 @@ class DeepGenPipeline:
       pick = lambda values, at=at: [values[i] for i in at]
       noise = self._noise([seed + i for i in at], size, latents)
       out = self._run(pick(texts), pick(negatives), pick(rows), size, num_inference_steps, guidance_scale, noise)
-      made |= dict(zip(at, zip(*(np.asarray(x) for x in out))))
+      made |= dict(zip(at, zip(*distributed.gathered(out))))
     images, final = zip(*(made[i] for i in range(len(texts))))
     if output_type == "latent":
       return PipelineOutput(np.stack(final))
@@ -206,11 +210,11 @@ class DeepGenPipeline:
     return self.model.velocity(params, tokens, timestep, self.model.prepare(params, cond, target, references))
 
   def _deal(self, tree):
-    """Arrays whose leading axis is the batch, dealt to the devices of the mesh where these divide it."""
+    """Arrays whose leading axis is the batch, dealt to the devices of the mesh where these divide it, else whole on each."""
     count = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-    if count == 1 or any(len(x) % count for x in jax.tree.leaves(tree)):
-      return tree
-    return jax.device_put(tree, sharding.batch_sharding(self.mesh))
+    dealt = not any(len(x) % count for x in jax.tree.leaves(tree))
+    where = sharding.batch_sharding(self.mesh) if dealt else sharding.replicated(self.mesh)
+    return sharding.place(tree, jax.tree.map(lambda _: where, tree))
 
   def target(self, batch: int, height: int, width: int) -> dict:
     """Positions and mask of target latents [height, width]."""
@@ -223,7 +227,9 @@ class DeepGenPipeline:
     """Ragged reference latents -> padded tokens, positions, mask; None where there are none."""
     if rows is None or not any(len(row) for row in rows):
       return None
-    rows = [[x[0] if x.ndim == 4 else x for x in (np.asarray(z, np.float32) for z in row)] for row in rows]
+    rows = [
+      [x[0] if x.ndim == 4 else x for x in (np.asarray(z, np.float32) for z in row)] for row in distributed.gathered(rows)
+    ]
     patch = self.config.dit.patch_size**2
     counts = [sum(x.shape[0] * x.shape[1] // patch for x in row) for row in rows]
     budget = token_budget(counts, 16 if max(counts) <= 128 else 128)

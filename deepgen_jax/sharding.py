@@ -154,7 +154,10 @@ def local_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def put_batch(batch, mesh: Mesh):
-  """A tree of arrays whose leading axis is this process's rows (`local_rows`) -> arrays of all rows, dealt to the mesh."""
+  """A tree of arrays whose leading axis is this process's rows (`local_rows`) -> arrays of all rows, dealt to the mesh.
+
+  What is of all processes' rows already, because a program made it, stays so.
+  """
   sharding = batch_sharding(mesh)
   if sharding.is_fully_addressable:
     return jax.device_put(batch, sharding)
@@ -162,6 +165,8 @@ def put_batch(batch, mesh: Mesh):
   held = len(local_rows(mesh, shares))  # of these shares
 
   def put(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return jax.device_put(x, sharding)
     size = len(x) * shares // held
     rows = local_rows(mesh, size)
 

@@ -1,10 +1,11 @@
-"""Two processes of four devices as one run, started by launch/local.sh: they train as one process does, stop together, are
-resumed by one, and don't outlive each other.
+"""Two processes of four devices as one run, started by launch/local.sh: they train as one process does, with rollouts too, stop
+together, are resumed by one, and don't outlive each other.
 """
 
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -144,6 +145,65 @@ def test_two_processes_are_one_run(options, tmp_path):
   assert pod.wait() not in (0, 2)
   assert time.monotonic() - killed < 2 * distributed.TIMEOUT
   assert re.search("stopped sending heartbeats|heartbeat timeout|Connection closed by peer|Gloo.*fail", pod.output), pod.output
+
+
+REINFORCE = {
+  "unroll": "false",
+  "log.every": 1,
+  "checkpoint.every": 3,
+  "steps": 6,
+  "eval.every": 6,
+  "eval.samples": 3,
+  "grpo.rewards": "(('emoji', {'jpeg_compressibility': 1.0}),)",
+  "grpo.eval_rewards": "(('emoji', {'jpeg_compressibility': 1.0}),)",
+  "grpo.eval_images": 2,
+  "grpo.eval_steps": 2,
+  "grpo.prompts": 3,  # which two processes don't share evenly
+  "grpo.group_size": 8,
+  "grpo.rollout_batch": 8,
+  "grpo.steps": 3,
+  "grpo.window": 2,
+  "grpo.train_steps": 1,
+  "grpo.updates_per_rollout": 3,
+  "grpo.micro_batch": 8,
+  "grpo.sft_weight": 0.0,  # whose batches are those of stage 2
+}
+
+
+def test_rollouts_of_two_processes_are_those_of_one(emoji, emoji_dir, tmp_path):
+  """A run that goes on takes the answers that were written down, bit for bit."""
+  base = save_model(tmp_path / "base", draw_params())
+  pod_dir, alone = tmp_path / "pod", tmp_path / "alone"
+  settings = REINFORCE | {"init": base, "data.dir": emoji_dir}
+  settings = [f"--config.{key}={value}" for key, value in settings.items()]
+  settings += ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
+  options = lambda workdir: ["--config", "configs/grpo.py:tiny", "--workdir", str(workdir), *settings]
+  pod = Pod(tmp_path / "venv", options(pod_dir))
+  assert pod.wait() == 0, pod.output
+
+  # One learns from the answers that the other had: a pixel that rounds otherwise compresses otherwise.
+  shutil.copytree(pod_dir / "rewards", alone / "rewards")
+  train_alone(options(alone))
+  ours, theirs = ([row for row in rows(workdir) if "loss" in row] for workdir in (pod_dir, alone))
+  assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6] and ours[0]["advantage_abs"] > 0
+  for one, two in zip(ours, theirs, strict=True):
+    for name in ("loss", "grad_norm", "grad_norm_policy", "reward", "advantage_abs", "kl"):
+      assert one.get(name) == pytest.approx(two.get(name), rel=1e-5, abs=1e-7), (one["step"], name)
+  judged = [next(row for row in rows(workdir) if "eval/reward" in row) for workdir in (pod_dir, alone)]
+  assert judged[0]["eval/reward"] == pytest.approx(judged[1]["eval/reward"], rel=1e-3)  # a few pixels
+  assert (pod_dir / "samples" / "prompts_0000006.png").exists()
+
+  # The second half once more.
+  found = lambda: [{k: v for k, v in row.items() if not k.startswith(("seconds", "images_per"))} for row in rows(pod_dir)]
+  answers = pod_dir / "rewards" / "0000001.json"
+  weights, before, written = checkpoint.load_trained(epath.Path(pod_dir)), found(), answers.stat().st_mtime_ns
+  shutil.rmtree(pod_dir / "checkpoints" / "6")
+  pod = Pod(tmp_path / "venv", options(pod_dir))
+  assert pod.wait() == 0, pod.output
+  assert found() == before and answers.stat().st_mtime_ns == written
+  again = checkpoint.load_trained(epath.Path(pod_dir))
+  for name, value in weights.items():
+    np.testing.assert_array_equal(again[name], value, err_msg=name)
 
 
 @pytest.mark.parametrize("spec", ["on", "localhost/2/0", "localhost:1/2/2", "localhost:1/0/0"])

@@ -5,13 +5,16 @@ import json
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from deepgen_jax import estimate, sharding
 from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError
-from deepgen_jax.estimating.inputs import train_batch
-from deepgen_jax.estimating.program import OutOfMemory
+from deepgen_jax.estimating import plan as plans
+from deepgen_jax.estimating.chips import topology
+from deepgen_jax.estimating.inputs import sampler_inputs, train_batch
+from deepgen_jax.estimating.program import OutOfMemory, compile_program
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages import supervised
@@ -51,22 +54,73 @@ def test_a_small_model_is_estimated(monkeypatch, capsys):
   assert "MFU" in printed and "attention kernels" in printed and jax.default_backend() == "cpu"
 
 
-def test_a_full_size_block_of_each_network_compiles_with_its_kernels(monkeypatch, capsys):
+def test_a_full_size_block_compiles_with_its_kernels():
+  """One block of the DiT, forward and backward, in bfloat16 with splash attention, sharded over four chips."""
   full = SIZES["full"]
-  blocks = dataclasses.replace(
-    full,
-    text=dataclasses.replace(full.text, num_layers=2),
-    vision=dataclasses.replace(full.vision, num_layers=1, full_attention_layers=(0,)),
-    scb=dataclasses.replace(full.scb, num_layers=1, read_layers=(1,)),
-    dit=dataclasses.replace(full.dit, num_layers=2, dual_attention_layers=(0,)),
-    vae=CONFIG.vae,
-  )
-  monkeypatch.setitem(SIZES, "full", blocks)
-  options = ["--config.data.pattern=('edit',)", "--config.data.batch_size=8", "--steps", "2", "--json"]
-  monkeypatch.setattr(sys, "argv", ["estimate", "--config", "configs/sft.py:full", "--topology", "v5p:2x2x1", *options])
-  estimate.main()
-  report = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert report["fits"] and 0 < report["attention_s"] < report["step_s"] and 0.05 < report["mfu"] < 1
+  block = dataclasses.replace(full, dit=dataclasses.replace(full.dit, num_layers=1, dual_attention_layers=(0,)))
+  model = DeepGen(block, jnp.bfloat16, remat="dots", attention="splash")
+  chip, devices = topology("v5p:2x2x1")
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, devices)
+  (params, noise, cond, target, *_), _ = sampler_inputs(model, mesh, 4, 100, 1)
+
+  def loss(dit, noise, cond, target):
+    noise = jnp.concatenate([noise, noise])  # conditioning holds two branches
+    prepared = model.prepare({"dit": dit}, cond, target, None)
+    return jnp.square(model.velocity({"dit": dit}, noise, jnp.ones(len(noise)), prepared)).mean()
+
+  gradient = jax.jit(sharding.on_mesh(mesh, jax.grad(loss)))
+  program = compile_program(gradient.lower(params["dit"], noise, cond, target), chip)
+  assert 0 < program.kernel_seconds < program.seconds < 1 and 0 < program.temporary < chip.hbm
+  kernels = [name for _, name, _ in program.cost.kernels]
+  assert any("dkv" in name for name in kernels) and any("dq" in name for name in kernels)
+
+
+REINFORCE = [
+  *("--config", "configs/grpo.py:tiny"),
+  *(option for option in SMALL if "lora" not in option and "pattern" not in option),
+  "--config.grpo.prompts=4",
+  "--config.grpo.group_size=4",
+  "--config.grpo.rollout_batch=8",
+  "--config.grpo.updates_per_rollout=2",
+  "--config.grpo.micro_batch=4",
+  "--config.grpo.steps=4",
+  "--config.grpo.window=3",
+  "--config.grpo.train_steps=2",
+  "--config.grpo.sft_weight=0.1",
+  "--config.grpo.sft_every=2",
+]
+
+
+def test_an_update_of_stage_3_is_a_share_of_its_rollout_and_its_steps(monkeypatch, capsys):
+  monkeypatch.setattr(estimate, "sampler", lambda *_: None)  # compiled above
+  report, printed = run(monkeypatch, capsys, *REINFORCE)
+  assert report["fits"] is True and 0 < report["mfu"] < 1 and "judging" in printed
+  assert report["seconds"].keys() == {"rollout", "take", "old", "policy", "generate", "moments", "optimizer"}
+  assert report["step_s"] == pytest.approx(sum(report["seconds"].values())) and min(report["seconds"].values()) > 0
+  assert report["images_per_s"] == pytest.approx(8 / report["step_s"])
+  assert report["peak_gib"] == pytest.approx(sum(report[f"{k}_gib"] for k in ("parameters", "optimizer", "activations")))
+  assert report["peak_of"] in report["seconds"]
+
+
+def test_what_an_update_of_stage_3_runs(monkeypatch):
+  monkeypatch.setitem(SIZES, "tiny", CONFIG)
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
+  configure = lambda *more: load_config("configs/grpo.py:tiny", [o.removeprefix("--config.") for o in (*REINFORCE[2:], *more)])
+  two, four = (plans.sample_flops(configure(f"grpo.steps={s}", "grpo.window=1", "grpo.train_steps=1"), 50) for s in (2, 4))
+  forward = (four["rollout"] - two["rollout"]) / 2  # one step of the sampler
+  assert forward > 0 and 0 < four["rollout"] - 4 * forward < four["rollout"] / 2  # the rest decodes
+  assert 3 * forward < four["policy"] == two["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference
+
+  monkeypatch.setattr(plans, "sample_flops", lambda *_: four)
+  plan = plans.make_plan(configure(), mesh, 50)
+  runs = {name: part.runs for name, part in plan.parts.items()}
+  assert runs == {"rollout": 1, "take": 2, "old": 4, "policy": 4, "generate": 0.5, "moments": 0.5} and plan.images == 8
+  learned = 8 * (four["rollout"] + 2 * four["policy"]) + 0.5 * 4 * (four["generate"] + four["moments"])
+  assert plan.flops == pytest.approx(learned)
+  kept = 16 * (4 * 16 * 64 * 4 + 3 * 4) / 4  # four latents and three log-probabilities of a sample; a device has a quarter
+  assert kept < plan.parts["policy"].beside < 2 * kept
+  without = plans.make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50)
+  assert {name: part.runs for name, part in without.parts.items()} == {"rollout": 2, "take": 1, "policy": 2}
 
 
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):

@@ -1,4 +1,6 @@
-"""Every kind of parallelism on eight devices gives what one device gives: a step of stages 1 and 2, and the sampler."""
+"""Every kind of parallelism on eight devices gives what one device gives: a step of stages 1 and 2, the sampler, and a rollout
+with its advantages and the step that learns from it.
+"""
 
 import dataclasses
 import functools
@@ -7,14 +9,17 @@ import jax
 import numpy as np
 import pytest
 
-from configs import align, sft
+from configs import align, grpo, sft
 from deepgen_jax import sharding
 from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.sources import Sample
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import DiTConfig, SCBConfig, VAEConfig
-from deepgen_jax.models.deepgen import DeepGen, pad_tokens
+from deepgen_jax.models.deepgen import Conditioning, DeepGen, pad_tokens
 from deepgen_jax.pipeline import DeepGenPipeline, sample_images
+from deepgen_jax.rl.advantages import advantages
+from deepgen_jax.stages import grpo as reinforcement
+from deepgen_jax.stages import rollouts
 from deepgen_jax.stages.objective import sample_loss
 from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 from tests import small
@@ -67,8 +72,12 @@ def make_batch(tokenizer) -> dict:
 
 def make_step(stage: str, mesh):
   """-> (compiled step, state, frozen, rng): an update is two micro-batches."""
-  config = {"align": align, "sft": sft}[stage].get_config("tiny")
+  config = {"align": align, "sft": sft, "grpo": grpo}[stage].get_config("tiny")
+  if stage == "grpo":
+    config.grpo.kl_weight = 0.0
   params = small.draw_params(CONFIG)
+  if stage == "grpo":
+    params = reinforcement.complete(config, MODEL, {part: params[part] for part in ("dit", "vae")})
   if config.lora.targets:
     targets = [target.replace("segments_[0-5]", "segments_0") for target in config.lora.targets]
     params = lora.add_lora(params, targets, 4, 8.0, jax.random.key(1))
@@ -82,6 +91,8 @@ def make_step(stage: str, mesh):
   state = jax.jit(fresh, out_shardings=shardings)(trainable)
 
   def loss(params, batch, keys):
+    if stage == "grpo":
+      return reinforcement.batch_loss(MODEL, config, params, batch, keys)
     return sample_loss(MODEL, params, batch, keys, joint=stage == "sft"), {}
 
   step = make_train_step(loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9)
@@ -125,17 +136,20 @@ def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
   grads, losses, program = run(stage, mesh, batch)
   np.testing.assert_allclose(losses, alone(stage)[1], rtol=1e-5)
   assert losses[0] == losses[1] != losses[2]
+  same_gradients(grads, alone(stage)[0])
+  assert bool(stacked_shapes(mesh)) == (kind != "data")
+  whole = [path for path, shape in stacked_shapes(mesh) if f"f32[{','.join(map(str, shape))}]" in program]
+  assert set(whole) <= GATHERED.get(kind, set())  # layers are gathered one at a time; parameter and gradient stay in shards
 
+
+def same_gradients(ours, theirs):
   # A key's bias has no gradient, as softmax doesn't see it: what is there is rounding, in proportion to the others.
-  rounding = 1e-7 * max(np.abs(g).max() for g in jax.tree.leaves(alone(stage)[0]))
+  rounding = 1e-7 * max(np.abs(g).max() for g in jax.tree.leaves(theirs))
 
   def compare(path, a, b):
     assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + rounding, lora.path_name(path)
 
-  jax.tree_util.tree_map_with_path(compare, grads, alone(stage)[0])
-  assert bool(stacked_shapes(mesh)) == (kind != "data")
-  whole = [path for path, shape in stacked_shapes(mesh) if f"f32[{','.join(map(str, shape))}]" in program]
-  assert set(whole) <= GATHERED.get(kind, set())  # layers are gathered one at a time; parameter and gradient stay in shards
+  jax.tree_util.tree_map_with_path(compare, ours, theirs)
 
 
 def stacked_shapes(mesh) -> list[tuple]:
@@ -168,3 +182,55 @@ def test_a_sample_is_that_of_one_device(kind, alone_drawn, tokenizer):
   mesh = sharding.make_mesh(MESHES[kind])
   drawn = draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=mesh))
   assert np.abs(drawn - alone_drawn).max() <= 1e-5 * np.abs(alone_drawn).max()
+
+
+def reinforce(mesh) -> tuple[dict, dict, list]:
+  """Two groups of four images of a random policy, judged by their latents, as a rounded pixel isn't the same everywhere
+  -> (what came of them, gradients, losses).
+  """
+  config, rng = grpo.get_config("tiny"), np.random.default_rng(2)
+  config.grpo.update({"prompts": 2, "group_size": 4, "steps": 3, "window": 2, "size": (32, 32)})
+  g, mask = config.grpo, np.arange(6) < 5
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  cond = Conditioning(draw(2, 16), draw(2, 6, 24), np.stack([mask, mask]))
+  one = pad_tokens([np.zeros((16, 16, 16), np.float32)], 64, CONFIG)
+  target = {key: np.stack([one[key]] * 2) for key in ("positions", "mask")}
+  inputs = {"cond": cond, "target": target}
+  inputs = jax.tree.map(lambda x: x.repeat(4, axis=0), inputs)
+  _, sigmas, _ = rollouts.grid(g, MODEL)
+  step, state, frozen, key = make_step("grpo", mesh)
+  params = sharding.merge(state.params, frozen)
+  deal = lambda tree: sharding.put_batch(tree, mesh)
+  sample = jax.jit(sharding.on_mesh(mesh, rollouts.sampler(g, MODEL)), compiler_options=FAST)
+  keys = jax.random.split(jax.random.key(4), 8)
+  made = sample(params, deal(inputs), deal(keys), deal(keys), sigmas, np.int32(0))
+  rewards = np.asarray(made.latents, np.float64)[..., ::4].mean((1, 2))[:, None]
+  advantage = np.asarray(advantages("gdpo", rewards, np.ones((8, 1)), 4))
+  piece = inputs | {name: np.asarray(getattr(made, name)) for name in rollouts.kept(g)}
+  piece |= {"advantage": advantage, "sample_id": np.arange(8, dtype=np.uint32)}
+  batch = rollouts.step_batch(g, sigmas, 0, piece, 1, rollouts.at_step)
+  batch |= {"old_log_prob": batch["rollout_log_prob"]} | rollouts.weights_of(g, 8, 1.0, 2, 0, fresh=True)
+  losses, batch = [], deal(batch)
+  for number in range(3):
+    state, metrics = step(state, frozen, batch, key)
+    losses.append(float(metrics["micro_loss"]))
+    if number == 0:
+      grads = jax.device_get(state.grads)
+  found = {name: np.asarray(getattr(made, name)) for name in ("images", "latents", "path", "log_prob")}
+  return found | {"advantage": advantage}, grads, losses
+
+
+@pytest.fixture(scope="module")
+def alone_reinforced():
+  return reinforce(one_device())
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tensor", "data x fsdp x tensor"])  # data alone: tests/stages/test_grpo.py
+def test_a_rollout_and_its_update_are_those_of_one_device(kind, alone_reinforced):
+  ours, theirs = reinforce(sharding.make_mesh(MESHES[kind])), alone_reinforced
+  assert np.abs(ours[0].pop("images").astype(int) - theirs[0]["images"]).max() <= 1  # of 255
+  for name, value in ours[0].items():
+    assert np.abs(value - theirs[0][name]).max() <= 1e-5 * np.abs(theirs[0][name]).max(), name
+  same_gradients(ours[1], theirs[1])
+  np.testing.assert_allclose(ours[2], theirs[2], atol=1e-5)
+  assert theirs[2][0] == theirs[2][1] != theirs[2][2] and np.abs(theirs[0]["advantage"]).min() > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from deepgen_jax import sharding
 from deepgen_jax.data import prompts
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.stages import supervised
+from deepgen_jax.stages import grpo, rollouts, supervised
 from deepgen_jax.stages.encode import encode_batch
 from deepgen_jax.stages.stage import Stage
 from deepgen_jax.stages.step import in_compute_dtype, jit_step
@@ -24,6 +25,11 @@ def placed(tree, shardings):
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
+def dealt(tree, mesh):
+  """Shapes of arrays with a leading sample axis, dealt to the mesh."""
+  return placed(tree, jax.tree.map(lambda _: sharding.batch_sharding(mesh), tree))
+
+
 def bytes_per_device(tree) -> int:
   """What one device holds of a tree of shapes with shardings."""
   leaves = [x for x in jax.tree.leaves(tree) if not jnp.issubdtype(x.dtype, jax.dtypes.extended)]
@@ -32,15 +38,23 @@ def bytes_per_device(tree) -> int:
 
 def train_programs(config, model: DeepGen, mesh):
   """What `train` makes of a config -> (jitted step, state, frozen parameters, rng): shapes where it has arrays."""
-  params = jax.eval_shape(lambda key: supervised.complete(config, model, model.init(key)), jax.random.key(0))
+  complete, learning = stage_parts(config)
+  params = jax.eval_shape(lambda key: complete(config, model, model.init(key)), jax.random.key(0))
   trainable, frozen = sharding.partition(params, config.trainable)
   frozen = jax.eval_shape(lambda tree: in_compute_dtype(tree, model.dtype), frozen)
-  stage = Stage(None, supervised.make_loss(config, model), None, None, None, dtype=model.dtype)
+  stage = Stage(init=None, batches=None, prepare=None, evaluate=None, **learning(config, model))
   fresh, shardings, step = jit_step(config, stage, trainable, mesh)
   state = placed(jax.eval_shape(fresh, trainable), shardings)
   key = jax.eval_shape(lambda: jax.random.key(0))
   rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
   return step, state, placed(frozen, sharding.param_shardings(frozen, mesh)), rng
+
+
+def stage_parts(config) -> tuple[Callable, Callable]:
+  """-> (complete(config, model, parameters of a base), learning(config, model)) of the config's stage."""
+  if config.stage == "grpo":
+    return grpo.complete, grpo.learning
+  return supervised.complete, supervised.learning
 
 
 def references_of(task: str) -> int:
@@ -87,23 +101,66 @@ def sampler_inputs(model: DeepGen, mesh, batch: int, prompt_tokens: int, steps: 
   """Arguments of `pipeline.jit_sampler` for `batch` images of the model's size with guidance: (positional, keywords)."""
   c = model.config
   side = c.image_size // c.vae.factor
-  tokens = (side // c.dit.patch_size) ** 2
   params = jax.eval_shape(lambda key: in_compute_dtype(model.init(key), model.dtype), jax.random.key(0))
-  length = prompts.pick_bucket(prompt_tokens) + c.scb.num_think_tokens
-  dealt = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
-  both = 2 * batch  # negative and positive branch
-  inputs = jax.eval_shape(
-    lambda: {
-      "ids": jnp.zeros((both, length - c.scb.num_think_tokens), jnp.int32),
-      "text_mask": jnp.ones((both, length - c.scb.num_think_tokens), bool),
-      "position_ids": jnp.zeros((both, 3, length), jnp.int32),
-      "image_index": jnp.zeros((both, length - c.scb.num_think_tokens), jnp.int32),
-    }
-  )
-  cond = jax.tree.map(lambda x: dealt(x.shape, x.dtype), jax.eval_shape(model.condition, params, inputs))
-  target = {"positions": dealt((both, tokens, 2), jnp.int32), "mask": dealt((both, tokens), bool)}
-  noise = dealt((batch, tokens, c.dit.patch_dim), jnp.float32)
-  whole = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding.replicated(mesh))
+  inputs = _sampled(model, 2 * batch, prompt_tokens, (c.image_size,) * 2)  # negative and positive branch
+  tokens = inputs["target"]["mask"].shape[1]
+  noise = jax.ShapeDtypeStruct((batch, tokens, c.dit.patch_dim), jnp.float32)
+  cond, target, noise = dealt((inputs["cond"], inputs["target"], noise), mesh)
   params = placed(params, sharding.param_shardings(params, mesh))
-  arguments = (params, noise, cond, target, None, whole((steps + 1,)), whole(()))
+  arguments = (params, noise, cond, target, None, _whole((steps + 1,), mesh), _whole((), mesh))
   return arguments, {"size": (side, side), "guided": True}
+
+
+def _whole(shape: tuple[int, ...], mesh, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.replicated(mesh))
+
+
+def _sampled(model: DeepGen, rows: int, prompt_tokens: int, pixels: tuple[int, int], padded: bool = True) -> dict:
+  """Conditioning and target of `rows` images of these pixels without references, as the pipeline makes them."""
+  c = model.config
+  height, width = (side // c.vae.factor for side in pixels)
+  tokens = height * width // c.dit.patch_size**2
+  length = prompts.pick_bucket(prompt_tokens) if padded else prompt_tokens
+  inputs = {"ids": ((rows, length), jnp.int32), "text_mask": ((rows, length), bool)}
+  inputs |= {
+    "position_ids": ((rows, 3, length + c.scb.num_think_tokens), jnp.int32),
+    "image_index": ((rows, length), jnp.int32),
+  }
+  shape = lambda pair: jax.ShapeDtypeStruct(*pair)
+  params = jax.eval_shape(lambda key: in_compute_dtype(model.init(key), model.dtype), jax.random.key(0))
+  return {
+    "cond": jax.eval_shape(model.condition, params, {name: shape(pair) for name, pair in inputs.items()}),
+    "target": {"positions": shape(((rows, tokens, 2), jnp.int32)), "mask": shape(((rows, tokens), bool))},
+  }
+
+
+def policy_params(state, frozen) -> dict:
+  """What a rollout reads of the parameters."""
+  params = sharding.merge(state.params, frozen)
+  return {part: params[part] for part in ("dit", "vae")}
+
+
+def rollout_arguments(config, model: DeepGen, mesh, rows: int, prompt_tokens: int, padded: bool = True) -> tuple:
+  """What `rollouts.Programs.sample` takes after the parameters, for `rows` images of prompts without references."""
+  g = config.grpo
+  pixels, sigmas, _ = rollouts.grid(g, model)
+  inputs = _sampled(model, rows, prompt_tokens, pixels, padded)
+  if g.guidance > 1:
+    inputs["negative"] = inputs["cond"]
+  keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+  inputs, keys = dealt((inputs, keys), mesh)
+  return inputs, keys, keys, _whole(sigmas.shape, mesh), _whole((), mesh, jnp.int32)
+
+
+def policy_batch(config, model: DeepGen, mesh, chunk: dict, rows: int) -> dict:
+  """A micro-batch of the policy's update, cut from a chunk of a rollout (its inputs and what is kept of it)."""
+  g = config.grpo
+  _, sigmas, _ = rollouts.grid(g, model)
+
+  def batch(piece):
+    piece = piece | {"advantage": np.zeros(rows, np.float32), "sample_id": np.zeros(rows, np.uint32)}
+    own = rollouts.step_batch(g, sigmas, 0, piece, 0, rollouts.at_step)
+    return own | rollouts.weights_of(g, rows, 1.0, 1, 0, fresh=True)
+
+  piece = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), chunk)
+  return dealt(jax.eval_shape(batch, piece), mesh)

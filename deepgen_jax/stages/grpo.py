@@ -11,6 +11,7 @@ an update. What this follows of the reference, and where it departs: configs/grp
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from deepgen_jax import distributed
 from deepgen_jax.errors import UserError, nearest
 from deepgen_jax.models import lora
 from deepgen_jax.models.deepgen import PARTS, DeepGen
@@ -31,7 +33,7 @@ from deepgen_jax.rl.sde import KINDS as SAMPLERS
 from deepgen_jax.stages import step as step_lib
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch
 from deepgen_jax.stages.objective import sample_loss
-from deepgen_jax.stages.rollouts import INPUTS, Answers, Rollouts, items_of, reward_scalars
+from deepgen_jax.stages.rollouts import INPUTS, Answers, Judges, Rollouts, reward_scalars
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.stages.supervised import load_base, make_model, micro_batches
 
@@ -77,15 +79,6 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
 
   rollouts = Rollouts(config, pipe, model, mesh, judging.prompts, judging.score, Answers(epath.Path(workdir) / "rewards"))
 
-  def init():
-    params = lora.merge_lora(loaded.pop())
-    if config.lora.targets:
-      key = jax.random.fold_in(jax.random.key(config.seed), 1)
-      return lora.add_lora(params, config.lora.targets, config.lora.rank, config.lora.alpha, key)
-    if g.kl_weight:  # a copy of its own: buffers of what trains are given away
-      params = params | {"reference": {"dit": jax.tree.map(jnp.copy, params["dit"])}}
-    return params
-
   def prepare(params, host):
     number, part = divmod(host["update"], g.updates_per_rollout)
     if part == 0:
@@ -101,22 +94,41 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
       weight = np.full(rows, g.sft_weight * (own + 1), np.float32)
       yield batch | {"weight": weight, "micro_batches": np.full(rows, own + 1, np.int32)}
 
-  loss = lambda params, batch, keys: batch_loss(model, config, params, batch, keys)
   limit = FLOAT32_DIFFERENCE if dtype == jnp.float32 else min(g.ratio_clip) / 4
   return Stage(
-    init,
-    loss,
-    Updates(supervised, g.sft_every),
-    prepare,
-    make_evaluate(g, pipe, judging, rollouts.pixels),
+    init=lambda: complete(config, model, loaded.pop()),
+    batches=Updates(supervised, g.sft_every),
+    prepare=prepare,
+    evaluate=make_evaluate(g, pipe, judging, rollouts.pixels),
     summarise=lambda rows: summarise(rows, limit),
     scalars=lambda: rollouts.scalars,
-    host_batches=1,
     images=g.prompts * g.group_size // g.updates_per_rollout,
     period=g.updates_per_rollout,
-    old_decay=tuple(g.nft_old_decay) if g.objective == "diffusion_nft" else None,
-    dtype=dtype,
+    **learning(config, model),
   )
+
+
+def complete(config, model: DeepGen, params) -> dict:
+  """Parameters of a base -> all that the stage has: LoRA where asked for, else the initial DiT to measure a KL from. Traceable,
+  so that `jax.eval_shape` gives the shapes without weights.
+  """
+  params = lora.merge_lora(params)
+  if config.lora.targets:
+    key = jax.random.fold_in(jax.random.key(config.seed), 1)
+    return lora.add_lora(params, config.lora.targets, config.lora.rank, config.lora.alpha, key)
+  if config.grpo.kl_weight:  # a copy of its own: buffers of what trains are given away
+    params = params | {"reference": {"dit": jax.tree.map(jnp.copy, params["dit"])}}
+  return params
+
+
+def learning(config, model: DeepGen) -> dict[str, Any]:
+  """What makes the train step of this stage (`stages.step.jit_step`), as keywords of `Stage`."""
+  return {
+    "loss": lambda params, batch, keys: batch_loss(model, config, params, batch, keys),
+    "host_batches": 1,
+    "old_decay": tuple(config.grpo.nft_old_decay) if config.grpo.objective == "diffusion_nft" else None,
+    "dtype": model.dtype,
+  }
 
 
 def batch_loss(model: DeepGen, config, params: Mapping, batch: Mapping, keys) -> tuple[jax.Array, dict]:
@@ -262,9 +274,9 @@ def make_evaluate(g, pipe: Callable, judging: Judging, pixels: tuple[int, int]) 
       )
       images.extend(np.round(made.images * 255).astype(np.uint8))
     images = np.stack(images[: len(prompts)])
-    scores = judging.held_out_score(*items_of(judging.held_out, images, g.eval_images))
-    datasets = [prompt.dataset for prompt in prompts]
-    scalars = reward_scalars(scores.rewards, scores.weights, scores.names, datasets, g.eval_images)
+    judges = Judges(judging.held_out_score, g.eval_images)
+    judges.submit(judging.held_out, images)
+    scalars = reward_scalars(*judges.result(), [prompt.dataset for prompt in prompts], g.eval_images)
     scalars.pop("zero_std_groups", None)
     rows = images.reshape(-1, g.eval_images, *images.shape[1:])[:GRID_ROWS]
     return Report(scalars, {"prompts": np.concatenate(np.concatenate(rows, axis=1), axis=1)})
@@ -282,8 +294,12 @@ def load_judging(config) -> Judging:
   def read(path: str, rewards: Sequence, held_out: bool):
     weights = dict(rewards) or None
     if path:
-      return prompts.load(path, weights)
-    return prompts.embedded(emoji_data.prepare(config.data.dir), held_out=held_out, rewards=weights)
+      found = prompts.load(path, weights)
+    else:
+      found = prompts.embedded(emoji_data.prepare(config.data.dir), held_out=held_out, rewards=weights)
+    told = [(d.name, d.share, [(prompt.text, dict(prompt.weights)) for prompt in d.prompts]) for d in found.datasets]
+    distributed.check_same(json.dumps(told), f"prompt set {path!r}", "give all the same files")
+    return found
 
   def mixed(found):
     options = {"emoji_similarity": {"data_dir": config.data.dir}} | dict(g.reward_options)

@@ -3,6 +3,8 @@
 What a rollout keeps stays on the device, cut once into the pieces that micro-batches are made of. Rewards run in the background
 while the device makes the next images. Their answers are written down per rollout: a run that is resumed makes a rollout again
 from its keys, and takes the answers that it already has, which a remote judge might not give twice.
+
+Several processes go through all of this together, with the same prompts, keys and answers; only of judging each does its share.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from deepgen_jax import sharding
+from deepgen_jax import distributed, sharding
 from deepgen_jax.data.images import fix_pixels, load_image
 from deepgen_jax.flow.schedule import inference_sigmas
 from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.rewards.reward import Item
 from deepgen_jax.rl.advantages import advantages
-from deepgen_jax.rl.rollout import make_velocity, replay, rollout, sample_keys
+from deepgen_jax.rl.rollout import Rollout, make_velocity, replay, rollout, sample_keys
+from deepgen_jax.stages.step import in_compute_dtype
 
 INPUTS = ("cond", "negative", "target", "references")  # what make_velocity reads of a batch
 _FLAT = 1e-6  # a group whose rewards spread less than this teaches nothing
@@ -39,7 +42,8 @@ def encode(pipe: DeepGenPipeline, prompts: Sequence, pixels: tuple[int, int], gu
   rows = [[fix_pixels(load_image(image), area) for image in prompt.references] for prompt in prompts]
   texts = [prompt.text for prompt in prompts]
   cond = pipe.encode_prompt([""] * len(texts) + texts if guided else texts, rows + rows if guided else rows)
-  part = lambda rows: jax.tree.map(lambda x: np.asarray(x)[rows], cond)
+  cond = distributed.gathered(cond)
+  part = lambda rows: jax.tree.map(lambda x: x[rows], cond)
   inputs = {"cond": part(slice(-len(texts), None))}
   inputs["target"] = pipe.target(len(texts), *(side // pipe.config.vae.factor for side in pixels))
   if guided:
@@ -90,8 +94,42 @@ def window_start(number: int, steps: int, window: int, every: int, draw: np.rand
   return (number // every) % places if every else int(draw.integers(places))
 
 
+class Judges:
+  """The images of a call as they come, judged in the background: `submit` some groups, then `result`.
+
+  Of several processes each has its own judges, here or on a server: they share the groups, so that every image is judged once,
+  and tell each other what they found.
+  """
+
+  def __init__(self, score, group_size: int):
+    """score: a `rewards.mixture.Mixture`."""
+    self._score, self._group_size = score, group_size
+    self._pending: list[tuple] = []
+
+  def submit(self, prompts: Sequence, images: np.ndarray, first_group: int = 0) -> None:
+    """As `items_of`; every process has all images."""
+    items, weights = items_of(prompts, images, self._group_size, first_group)
+    own = [i for i, item in enumerate(items) if item.group % jax.process_count() == jax.process_index()]
+    if own:
+      rows = [first_group * self._group_size + i for i in own]
+      self._pending.append((rows, self._score.submit([items[i] for i in own], [weights[i] for i in own])))
+
+  def result(self) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+    """-> (rewards [B,F], weights [B,F], names) of all that was submitted, the same on every process, which all call this."""
+    found = [(rows, pending.result()) for rows, pending in self._pending]
+    told = {"rows": [row for rows, _ in found for row in rows]}
+    told |= {key: [row for _, scores in found for row in getattr(scores, key).tolist()] for key in ("rewards", "weights")}
+    parts = [json.loads(part) for part in distributed.shared(json.dumps(told))]  # floats survive, NaN among them
+    rows, rewards, weights = ([row for part in parts for row in part[key]] for key in ("rows", "rewards", "weights"))
+    order = np.argsort(rows)
+    return np.array(rewards, np.float64)[order], np.array(weights, np.float64)[order], self._score.names
+
+
 class Answers:
-  """What the judges said of each rollout, in `folder`, a file each: exact floats, null where missing."""
+  """What the judges said of each rollout, in `folder`, a file each: exact floats, null where missing.
+
+  The main process reads and writes them, whichever disks the others see.
+  """
 
   def __init__(self, folder: epath.Path):
     self._folder = epath.Path(folder)
@@ -100,19 +138,83 @@ class Answers:
     return self._folder / f"{number:07d}.json"
 
   def read(self, number: int) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
-    """-> (rewards [B,F], weights [B,F], names), or None where there is no (whole) answer yet."""
+    """-> (rewards [B,F], weights [B,F], names), or None where there is no (whole) answer yet; called by all processes."""
+    text = self._file(number).read_text() if distributed.is_main() and self._file(number).exists() else ""
     try:
-      kept = json.loads(self._file(number).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+      said = json.loads(distributed.shared(text)[0])
+    except json.JSONDecodeError:
       return None
-    return np.array(kept["rewards"], np.float64), np.array(kept["weights"], np.float64), kept["names"]
+    return np.array(said["rewards"], np.float64), np.array(said["weights"], np.float64), said["names"]
 
   def write(self, number: int, rewards, weights, names) -> None:
     """Keeps the answers of a rollout."""
+    if not distributed.is_main():
+      return
     self._folder.mkdir(parents=True, exist_ok=True)
     plain = [[None if np.isnan(value) else value for value in row] for row in np.asarray(rewards).tolist()]
     text = json.dumps({"names": list(names), "rewards": plain, "weights": np.asarray(weights).tolist()})
     self._file(number).write_text(text)
+
+
+def grid(settings, model) -> tuple[tuple[int, int], np.ndarray, int]:
+  """-> (height and width in pixels, sigmas [S+1], how many steps are stochastic) of a rollout."""
+  pixels = tuple(settings.size) or (model.config.image_size,) * 2
+  tokens = pixels[0] * pixels[1] // (model.config.vae.factor * model.config.dit.patch_size) ** 2
+  window = 0 if settings.sampler == "ode" else settings.window or settings.steps - 1
+  return pixels, inference_sigmas(model.config.scheduler, settings.steps, tokens), window
+
+
+def sampler(settings, model) -> Callable[..., Rollout]:
+  """-> rollout(params of DiT and VAE, inputs, noise keys, keys, sigmas, start): `rl.rollout.rollout` as the settings say."""
+  pixels, _, window = grid(settings, model)
+  size = tuple(side // model.config.vae.factor for side in pixels)
+  own = {"size": size, "kind": settings.sampler, "eta": settings.eta, "window": window, "guidance": settings.guidance}
+  return lambda params, *args: rollout(model, in_compute_dtype(params, model.dtype), *args, **own)
+
+
+class Programs:
+  """What a rollout runs on the mesh; `estimate` compiles the same."""
+
+  def __init__(self, config, model, mesh):
+    settings, dealt = config.grpo, sharding.batch_sharding(mesh)
+    program = lambda fn, out=dealt: jax.jit(sharding.on_mesh(mesh, fn), out_shardings=out)
+    # Every process gets all images from its own devices, in the program that makes them: nothing waits for other chunks.
+    seen = dealt if dealt.is_fully_addressable else sharding.replicated(mesh)
+    self.shardings = Rollout(seen, dealt, dealt, dealt)
+    self.sample = program(sampler(settings, model), self.shardings)
+    self.draw = program(functools.partial(_draw_keys, config.seed, settings))
+    self.take = program(_take)
+    self.at = program(at_step)
+    self.old = program(functools.partial(_old_policy, model, settings))
+
+
+def step_batch(settings, sigmas: np.ndarray, start: int, piece: Mapping, place: int, at: Callable) -> dict:
+  """A piece of a rollout at the window's step `place` (diffusion_nft: of the grid): what a train step takes, but its weights.
+
+  piece: the rows' inputs, advantage and sample_id, and what `kept` names. at: `at_step` or its program.
+  """
+  rows, nft = len(piece["advantage"]), settings.objective == "diffusion_nft"
+  full = lambda value: np.full(rows, value, np.float32)
+  step = place if nft else start + place
+  batch = {key: value for key, value in piece.items() if nft or key not in kept(settings)} | {"sigma": full(sigmas[step])}
+  if not nft:
+    batch |= {"sigma_next": full(sigmas[step + 1]), "sigma_max": full(sigmas[1])}
+    batch |= at(piece["path"], piece["log_prob"], np.int32(place))
+  return batch
+
+
+def kept(settings) -> tuple[str, ...]:
+  """Which fields of a Rollout its updates need."""
+  return ("latents",) if settings.objective == "diffusion_nft" else ("path", "log_prob")
+
+
+def weights_of(settings, rows: int, share: float, own: int, others: int, fresh: bool) -> dict[str, np.ndarray]:
+  """What tells the train step the place of a micro-batch of `rows` samples in its update: `own` such ones together weigh
+  `share` of it, `others` more make up the rest. fresh: the weights are still the rollout's.
+  """
+  extra = {} if settings.objective == "diffusion_nft" else {"fresh": np.full(rows, fresh, np.float32)}
+  weight = np.full(rows, share * (own + others) / own, np.float32)
+  return extra | {"weight": weight, "micro_batches": np.full(rows, own + others, np.int32)}
 
 
 class Rollouts:
@@ -123,24 +225,8 @@ class Rollouts:
     self._settings = g = config.grpo
     self._seed, self._pipe, self._prompts = config.seed, pipe, prompts
     self._score, self._answers = score, answers
-    self.pixels = tuple(g.size) or (model.config.image_size,) * 2
-    tokens = self.pixels[0] * self.pixels[1] // (model.config.vae.factor * model.config.dit.patch_size) ** 2
-    self.sigmas = inference_sigmas(model.config.scheduler, g.steps, tokens)
-    self.window = 0 if g.sampler == "ode" else g.window or g.steps - 1
-    self._sharding = sharding.batch_sharding(mesh)
-    program = functools.partial(
-      rollout,
-      model,
-      size=tuple(side // model.config.vae.factor for side in self.pixels),
-      kind=g.sampler,
-      eta=g.eta,
-      window=self.window,
-      guidance=g.guidance,
-    )
-    self._sample = jax.jit(program, out_shardings=self._sharding)
-    self._take = jax.jit(lambda tree, rows: jax.tree.map(lambda x: x[rows], tree), out_shardings=self._sharding)
-    self._at = jax.jit(_at_step, out_shardings=self._sharding)
-    self._old = jax.jit(functools.partial(_old_policy, model, g), out_shardings=self._sharding)
+    self.pixels, self.sigmas, self.window = grid(g, model)
+    self._programs, self._dealt = Programs(config, model, mesh), sharding.batch_sharding(mesh)
     self.scalars: dict[str, float] = {}
     self._pieces: list[list[dict]] = []
     self._before: list[list[dict]] = []
@@ -159,18 +245,16 @@ class Rollouts:
     draw = np.random.default_rng((self._seed, number))
     self.start = window_start(number, g.steps, self.window, g.window_every, draw)
     inputs, made = self._make(params, policy, prompts, number)
-    pending, rewards, weights, names = [], *(self._answers.read(number) or (None, None, None))
+    known, judges = self._answers.read(number), Judges(self._score, g.group_size)
     batch = g.rollout_batch or count
     for place, piece in enumerate(made):  # judges work on these images while the device makes the next ones
       images = np.asarray(piece.images)
-      if rewards is None:
+      if known is None:
         groups = slice(place * batch // g.group_size, (place + 1) * batch // g.group_size)
-        pending.append(self._score.submit(*items_of(prompts[groups], images, g.group_size, groups.start)))
+        judges.submit(prompts[groups], images, groups.start)
     sampled = time.monotonic()
-    if rewards is None:
-      scores = [one.result() for one in pending]
-      rewards, weights = (np.concatenate([getattr(s, key) for s in scores]) for key in ("rewards", "weights"))
-      names = scores[0].names
+    rewards, weights, names = known or judges.result()
+    if known is None:
       self._answers.write(number, rewards, weights, names)
     self.scalars |= reward_scalars(rewards, weights, names, np.repeat([p.dataset for p in prompts], g.group_size), g.group_size)
     if g.shuffle_rewards:
@@ -181,65 +265,54 @@ class Rollouts:
     self._cut(inputs, made, np.clip(advantage, -g.advantage_clip, g.advantage_clip), draw)
     self._places = self._draw_places(draw)
     if g.updates_per_rollout > 1 and g.objective != "diffusion_nft":
-      self._before = [[self._old(params, batch) for batch in self._batches(part)] for part in range(g.updates_per_rollout)]
+      old = self._programs.old
+      self._before = [[old(params, batch) for batch in self._batches(part)] for part in range(g.updates_per_rollout)]
     self._ended = time.monotonic()
     self.scalars |= {"seconds_rollout": sampled - started, "seconds_rewards": self._ended - sampled}
 
   def micro_batches(self, part: int, share: float, others: int) -> Iterator[dict]:
     """Those of update `part`: together they weigh `share` of it; `others` more micro-batches make up the rest."""
-    g = self._settings
     own = len(self._places) * len(self._pieces[part])
     for place, batch in enumerate(self._batches(part)):
-      rows = len(batch["sample_id"])
-      weight = np.full(rows, share * (own + others) / own, np.float32)
       old = self._before[part][place] if self._before else {}
-      fresh = np.full(rows, part == 0, np.float32)  # the weights are still the rollout's
-      extra = {} if g.objective == "diffusion_nft" else {"fresh": fresh}
-      yield batch | old | extra | {"weight": weight, "micro_batches": np.full(rows, own + others, np.int32)}
+      weights = weights_of(self._settings, len(batch["sample_id"]), share, own, others, fresh=part == 0)
+      yield batch | old | self._deal(weights)
 
   def _make(self, params, policy, prompts, number):
     """-> (inputs of each chunk, Rollout of each chunk), on the device; returns while it works."""
     g = self._settings
     inputs = encode(self._pipe(params), prompts, self.pixels, g.guidance > 1)
-    inputs = jax.tree.map(lambda x: np.repeat(np.asarray(x), g.group_size, axis=0), inputs)
+    inputs = jax.tree.map(lambda x: np.repeat(x, g.group_size, axis=0), inputs)
     count = g.prompts * g.group_size
-    key = jax.random.fold_in(jax.random.key(self._seed), 1)  # the loop's own key, folded: nothing else draws from it
-    noise_keys, keys = sample_keys(key, number, count, g.group_size, g.shared_noise)
     batch, chunks, made = g.rollout_batch or count, [], []
     needed = {part: policy[part] for part in ("dit", "vae")}
     for start in range(0, count, batch):
-      rows = slice(start, start + batch)
-      chunk = jax.device_put(jax.tree.map(lambda x, rows=rows: x[rows], inputs), self._sharding)
-      drawn = jax.device_put((noise_keys[rows], keys[rows]), self._sharding)
+      rows = np.arange(start, start + batch)
+      chunk = self._deal(jax.tree.map(lambda x, rows=rows: x[rows], inputs))
+      drawn = self._programs.draw(np.uint32(number), rows)
       chunks.append(chunk)
-      made.append(self._sample(needed, chunk, *drawn, self.sigmas, np.int32(self.start)))
+      made.append(self._programs.sample(needed, chunk, *drawn, self.sigmas, np.int32(self.start)))
     return chunks, made
 
   def _cut(self, inputs, made, advantage, draw) -> None:
     """Keeps the rollout as pieces, [update][micro-batch]: the samples of an update are drawn, each takes part once."""
     g, count = self._settings, len(advantage)
-    kept = ("latents",) if g.objective == "diffusion_nft" else ("path", "log_prob")
-    chunks = [chunk | {name: getattr(one, name) for name in kept} for chunk, one in zip(inputs, made)]
-    whole = chunks[0] if len(chunks) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *chunks)
+    chunks = [chunk | {name: getattr(one, name) for name in kept(g)} for chunk, one in zip(inputs, made)]
     order = np.arange(count) if g.updates_per_rollout == 1 else draw.permutation(count)
     rows = order.reshape(g.updates_per_rollout, -1, g.micro_batch or count // g.updates_per_rollout)
-    cut = lambda own: whole if len(own) == count else self._take(whole, own)
+    cut = lambda own: chunks[0] if len(chunks) == 1 and len(own) == count else self._programs.take(chunks, own)
     host = lambda own: {"advantage": advantage[own].astype(np.float32), "sample_id": own.astype(np.uint32)}
     self._pieces = [[cut(own) | host(own) for own in part] for part in rows]
 
   def _batches(self, part: int) -> Iterator[dict]:
     """Timestep by timestep, the micro-batches of an update without their weights."""
-    nft = self._settings.objective == "diffusion_nft"
     for place in self._places:
-      step = int(place) if nft else self.start + int(place)
       for piece in self._pieces[part]:
-        full = lambda value, like=piece["advantage"]: np.full_like(like, value)
-        batch = {key: value for key, value in piece.items() if key not in ("path", "log_prob")}
-        batch |= {"sigma": full(self.sigmas[step])}
-        if not nft:
-          batch |= {"sigma_next": full(self.sigmas[step + 1]), "sigma_max": full(self.sigmas[1])}
-          batch |= self._at(piece["path"], piece["log_prob"], np.int32(place))
-        yield jax.device_put(batch, self._sharding)
+        yield self._deal(step_batch(self._settings, self.sigmas, self.start, piece, int(place), self._programs.at))
+
+  def _deal(self, tree):
+    """Arrays of all samples, the same on every process, dealt to the devices."""
+    return sharding.place(tree, jax.tree.map(lambda _: self._dealt, tree))
 
   def _draw_places(self, draw) -> np.ndarray:
     """The steps that this rollout trains, of its window (diffusion_nft: of the grid)."""
@@ -248,7 +321,19 @@ class Rollouts:
     return np.sort(draw.choice(steps, g.train_steps or steps, replace=False))
 
 
-def _at_step(path, log_prob, place) -> dict[str, Any]:
+def _draw_keys(seed: int, settings, number, rows) -> tuple[jax.Array, jax.Array]:
+  """Keys of these samples of rollout `number`: (of their initial noise, of their steps)."""
+  key = jax.random.fold_in(jax.random.key(seed), 1)  # the loop's own key, folded: nothing else draws from it
+  keys = sample_keys(key, number, settings.prompts * settings.group_size, settings.group_size, settings.shared_noise)
+  return jax.tree.map(lambda x: x[rows], keys)
+
+
+def _take(chunks: Sequence[dict], rows) -> dict:
+  """These rows of what the chunks hold, one after the other."""
+  return jax.tree.map(lambda *parts: jnp.concatenate(parts)[rows], *chunks)
+
+
+def at_step(path, log_prob, place) -> dict[str, Any]:
   """The window's step `place` of a piece."""
   pick = functools.partial(jax.lax.dynamic_index_in_dim, axis=1, keepdims=False)
   return {"latents": pick(path, place), "next": pick(path, place + 1), "rollout_log_prob": pick(log_prob, place)}
@@ -257,6 +342,7 @@ def _at_step(path, log_prob, place) -> dict[str, Any]:
 def _old_policy(model, settings, params, batch) -> dict:
   """What several updates of a rollout compare with, computed as they compute it: log-probability, for grpo_guard the mean."""
   inputs = {name: batch[name] for name in INPUTS if name in batch}
+  params = in_compute_dtype({"dit": params["dit"]}, model.dtype)
   velocity = make_velocity(model, params, inputs, settings.guidance)(batch["latents"], batch["sigma"])
   step = replay(settings.sampler, settings.eta, velocity, batch)
   old = {"old_log_prob": step.log_prob}

@@ -50,18 +50,17 @@ def build(config, mesh) -> Stage:
     losses = held_out.losses(params)
     scalars = {f"heldout_{task}_loss": value for task, value in losses.items()}
     scalars["heldout_loss"] = float(np.mean([*losses.values()]))
-    if not config.eval.pictures or jax.process_count() > 1:
+    if not config.eval.pictures:
       return Report(scalars)
     pipe = pipe or DeepGenPipeline(sizes, params, tokenizer, compute_dtype(config.dtype), mesh)
     return Report(scalars, held_out.pictures(pipe, params))
 
   return Stage(
-    lambda: complete(config, model, loaded.pop(), mesh),
-    make_loss(config, model),
-    batches,
-    lambda params, host: [encode(params, host)],
-    evaluate,
-    dtype=model.dtype,
+    init=lambda: complete(config, model, loaded.pop(), mesh),
+    batches=batches,
+    prepare=lambda params, host: [encode(params, host)],
+    evaluate=evaluate,
+    **learning(config, model),
   )
 
 
@@ -102,6 +101,11 @@ def make_loss(config, model: DeepGen) -> Callable:
     return losses, {"edit_loss" if "references" in batch else "generate_loss": losses.mean()}
 
   return loss
+
+
+def learning(config, model: DeepGen) -> dict:
+  """What makes the train step of stages 1 and 2 (`stages.step.jit_step`), as keywords of `Stage`."""
+  return {"loss": make_loss(config, model), "dtype": model.dtype}
 
 
 def micro_batches(config, sizes, tokenizer, mesh, params) -> MicroBatches:

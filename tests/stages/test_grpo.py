@@ -11,11 +11,12 @@ from deepgen_jax import sharding
 from deepgen_jax.checkpoint import Checkpointer
 from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError
+from deepgen_jax.estimating.inputs import policy_batch, rollout_arguments
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.lora import path_name
 from deepgen_jax.rl.rollout import make_velocity, replay
-from deepgen_jax.stages import grpo
+from deepgen_jax.stages import grpo, rollouts
 from deepgen_jax.stages.grpo import Judging
 from deepgen_jax.stages.step import full_params, init_state, make_optimizer, make_train_step
 from deepgen_jax.weights.load import load_model
@@ -149,6 +150,16 @@ def test_with_one_update_the_ratio_is_one_and_the_replay_is_the_rollout(first):
   assert m["grad_norm"] > 0 and m["grad_norm_policy"] == pytest.approx(m["grad_norm"], rel=1e-5)
 
 
+def test_the_estimate_compiles_for_the_batches_that_training_makes(first, base):
+  config, model = configure(base), DeepGen(CONFIG)
+  arguments = rollout_arguments(config, model, first.run.mesh, 16, 60)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  made = jax.eval_shape(rollouts.sampler(config.grpo, model), params, *arguments)
+  chunk = arguments[0] | {name: getattr(made, name) for name in rollouts.kept(config.grpo)}
+  shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
+  assert shapes(policy_batch(config, model, first.run.mesh, chunk, 16)) == shapes(first.batches[0])
+
+
 def test_metrics_say_what_the_rewards_were(first):
   rewards = np.array([first.run.judge._score(item) for item in first.run.judge.seen[0]])
   m = first.metrics
@@ -190,6 +201,34 @@ def test_the_reward_rises(first):
   """Redness is something that any weights can learn."""
   rewards = [first.metrics["reward"], *(first.run.update()[0]["reward"] for _ in range(15))]
   assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 2 * first.metrics["reward_std/redness/colours"]
+
+
+def test_processes_share_the_groups_and_what_they_found(monkeypatch):
+  """Each image is judged once, by the process that has all of its group; a missing score stays missing."""
+  images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+  prompts = [prompt("a", redness=1.0), prompt("b"), prompt("c", redness=0.5)]
+  told, seen = [], []
+
+  def judge(index, count, others):
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(rollouts.distributed, "shared", lambda text: (told.append(text), others or [text])[1])
+    judges = rollouts.Judges(Judge(lambda item: np.nan if (item.image == images[1]).all() else item.image.mean() / 3), 2)
+    judges.submit(prompts[:1], images[:2])
+    judges.submit(prompts[1:], images[2:], first_group=1)
+    seen.append([item.group for items in judges._score.seen for item in items])
+    return judges.result()
+
+  whole = judge(0, 1, None)
+  assert np.isnan(whole[0][1]) and np.isnan(whole[0]).sum() == 1 and whole[1][:, 0].tolist() == [1, 1, 0, 0, 0.5, 0.5]
+  for index in range(2):
+    judge(index, 2, None)
+  assert seen[1:] == [[0, 0, 2, 2], [1, 1]]
+  for index in range(2):
+    rewards, weights, names = judge(index, 2, told[1:3])
+    np.testing.assert_array_equal(rewards, whole[0])
+    np.testing.assert_array_equal(weights, whole[1])
+    assert names == whole[2]
 
 
 EDITS = Prompts(prompt("a cat", redness=1.0), prompt("redder", (random_image(64, 64), random_image(64, 32, 1)), redness=2.0))
