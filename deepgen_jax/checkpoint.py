@@ -212,13 +212,13 @@ def _newest_whole(folder: epath.Path, read: Callable[[epath.Path], tuple[dict, d
   while True:
     found = folder.iterdir() if folder.exists() else []
     steps = [int(path.name) for path in found if path.name.isdigit() and int(path.name) not in damaged]
-    step = distributed.largest([max(steps, default=-1)])
+    step = distributed.highest(max(steps, default=-1))
     if step < 0:
       break
     result, problem = _attempt(read, folder / str(step))
-    if not distributed.largest([int(bool(problem))]):  # all have read their part: what follows takes all of them
+    if not distributed.highest(int(bool(problem))):  # all have read their part: what follows takes all of them
       _, problem = _attempt(verify, *result)
-    if distributed.largest([int(bool(problem))]):
+    if distributed.highest(int(bool(problem))):
       damaged[step] = problem or "another process can't read it"
       continue
     for worse, why in damaged.items() if distributed.is_main() else ():

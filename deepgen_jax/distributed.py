@@ -99,6 +99,11 @@ def shared(text: str) -> list[str]:
   return [bytes(row[:size]).decode() for row, size in zip(told, sizes)]
 
 
+def highest(number: int) -> int:
+  """The largest of a number that each process has; called by all."""
+  return max(map(int, shared(str(number))))
+
+
 def gathered(tree):
   """A tree of arrays, wherever they lie, as whole numpy arrays on every process; called by all, leaf by leaf."""
 

@@ -167,7 +167,7 @@ def test_without_a_whole_one_nothing_is_moved(workdir):
 def test_what_another_process_cannot_read_is_damaged_for_all(workdir, monkeypatch, capfd):
   """And what takes all processes, verifying, isn't begun: the other one would be missing."""
   verified, votes = [], iter([4, 1, 1, 2, 0, 0])  # newest step, has anybody not read it, or not verified it; twice
-  monkeypatch.setattr(checkpoint.distributed, "largest", lambda counts: next(votes))
+  monkeypatch.setattr(checkpoint.distributed, "highest", lambda number: next(votes))
   read = lambda folder: ({"step": folder.name}, {})
   found = checkpoint._newest_whole(epath.Path(workdir / "checkpoints"), read, lambda leaves, _: verified.append(leaves["step"]))
   assert found == (2, ({"step": "2"}, {}), [4]) and verified == ["2"]
