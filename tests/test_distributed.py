@@ -63,10 +63,10 @@ class Pod:
     """Sends a signal to one process."""
     os.kill(int(self.wait_for(rf"process {index} of 2: pid (\d+)")[1]), number)
 
-  def wait(self) -> int:
+  def wait(self, limit: float = LIMIT) -> int:
     """Exit code, once all have ended."""
     try:
-      return self._launcher.wait(LIMIT)
+      return self._launcher.wait(limit)
     finally:
       for pid in re.findall(r": pid (\d+)", self.output):
         subprocess.run(["kill", "-9", pid], capture_output=True)
@@ -179,7 +179,7 @@ def test_rollouts_of_two_processes_are_those_of_one(emoji, emoji_dir, tmp_path):
   settings += ["--config.mesh.data=2", "--config.mesh.fsdp=4"]
   options = lambda workdir: ["--config", "configs/grpo.py:tiny", "--workdir", str(workdir), *settings]
   pod = Pod(tmp_path / "venv", options(pod_dir))
-  assert pod.wait() == 0, pod.output
+  assert pod.wait(4 * LIMIT) == 0, pod.output
 
   # One learns from the answers that the other had: a pixel that rounds otherwise compresses otherwise.
   shutil.copytree(pod_dir / "rewards", alone / "rewards")
@@ -199,7 +199,7 @@ def test_rollouts_of_two_processes_are_those_of_one(emoji, emoji_dir, tmp_path):
   weights, before, written = checkpoint.load_trained(epath.Path(pod_dir)), found(), answers.stat().st_mtime_ns
   shutil.rmtree(pod_dir / "checkpoints" / "6")
   pod = Pod(tmp_path / "venv", options(pod_dir))
-  assert pod.wait() == 0, pod.output
+  assert pod.wait(4 * LIMIT) == 0, pod.output
   assert found() == before and answers.stat().st_mtime_ns == written
   again = checkpoint.load_trained(epath.Path(pod_dir))
   for name, value in weights.items():
