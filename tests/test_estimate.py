@@ -108,7 +108,7 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   configure = lambda *more: load_config("configs/grpo.py:tiny", [o.removeprefix("--config.") for o in (*REINFORCE[2:], *more)])
   two, four = (plans.sample_flops(configure(f"grpo.steps={s}", "grpo.window=1", "grpo.train_steps=1"), 50) for s in (2, 4))
   forward = (four["rollout"] - two["rollout"]) / 2  # one step of the sampler
-  assert forward > 0 and 0 < four["rollout"] - 4 * forward < four["rollout"] / 2  # the rest decodes
+  assert 0 < 4 * forward < four["rollout"]  # the rest decodes
   assert 3 * forward < four["policy"] == two["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference
 
   monkeypatch.setattr(plans, "sample_flops", lambda *_: four)

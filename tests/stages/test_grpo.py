@@ -307,7 +307,7 @@ def test_a_run_with_lora_can_be_loaded(rich, base, tmp_path):
   workdir, state = epath.Path(tmp_path), rich.run.state
   (workdir / "config.json").write_text(to_json(rich.config))
   saved = Checkpointer(workdir, 1, 1)
-  saved.maybe_save(4, state, {"micro_batches": 4}, force=True)
+  saved.save(4, state, {"micro_batches": 4})
   saved.close()
   _, loaded, _ = load_model(workdir, weights="raw")
   kernel, trained = (tree["dit"]["blocks_1"]["attn"]["q"]["kernel"] for tree in (loaded, state.params))
