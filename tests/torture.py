@@ -28,6 +28,8 @@ import numpy as np
 from PIL import Image
 
 TOLERANCE = 1e-5  # of a leaf's largest value: sums in another order
+# Attention doesn't depend on it: its gradient is zero but for rounding, which Adam blows up to whole steps. Exact on one mesh.
+ROUNDING = re.compile(r".*/k/bias")
 LIMIT = 900  # seconds until something that is waited for happens, on a busy machine
 MICRO_BATCHES, BATCH = 2, 8  # of an update, samples of one
 MESHES = {"1": (1, 1, 1, 1), "2": (2, 2, 1, 1), "8": (8, 2, 2, 2)}  # devices; data, fsdp, tensor
@@ -134,11 +136,12 @@ class Torture:
     """A run that dies `kills` times, each life on the next of `meshes` -> (workdir, what it was at when it died)."""
     workdir, deaths = self.folder / f"tortured_{name}", Counter()
     moments = sorted(rng.uniform(0, self.steps - 2) for _ in range(kills))
+    kinds = [("saving", "updating", "saving", "starting")[life % 4] for life in range(kills)]
+    rng.shuffle(kinds)
     start = 5.0  # seconds that a life takes to its first update: measured
-    for life, moment in enumerate(moments):
+    for life, (moment, kind) in enumerate(zip(moments, kinds)):
       older, began = _halves(workdir), time.monotonic()
       process = self.start(workdir, meshes[life % len(meshes)])
-      kind = rng.choice(("starting", "updating", "saving", "saving"))
       try:
         if kind == "starting":
           process.join(rng.uniform(0, start))
@@ -259,7 +262,7 @@ def compare(tortured: Path, whole: Path, exact: bool) -> dict[str, float]:
     assert not [name for name in theirs if ours[name].tobytes() != theirs[name].tobytes()]
   groups = {"losses": difference(*map(np.array, losses))}
   for kind in ("params", "ema", "opt_state"):
-    groups[kind] = max(value for name, value in found.items() if name.startswith(kind))
+    groups[kind] = max(value for name, value in found.items() if name.startswith(kind) and not ROUNDING.fullmatch(name))
   worst = {kind: value for kind, value in groups.items() if kind != "opt_state" and value > TOLERANCE}
   assert not worst, f"more than {TOLERANCE} apart: {worst}"
   return groups
