@@ -165,7 +165,7 @@ def _step_of(line: str) -> float:
 
 
 def _cut_rows(file: epath.Path, start: int) -> None:
-  """Removes every row past update `start`, and what a crash left of one."""
+  """Removes every row past update `start` (from 0: all), and what a crash left of one."""
   if file.exists():
     lines = file.read_bytes().decode(errors="replace").splitlines()
-    atomic.write_text(file, "".join(line + "\n" for line in lines if _step_of(line) <= start))
+    atomic.write_text(file, "".join(line + "\n" for line in lines if _step_of(line) <= (start or -1)))

@@ -80,6 +80,8 @@ def train(config, workdir: epath.Path) -> None:
     record_data = lambda: _record_data(workdir, stage.batches)  # above all where bad data stopped the run
     for close in (stop.close, ckpt.close, log.close, sample_log.close, record_data, samples.close, profiler.close):
       closing.callback(close)
+    if config.eval.every and stage.evaluate_first and done == 0:
+      _report(log, 0, stage.evaluate(full_params(state, frozen), 0))
     # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
     # weights of the update that its row names. Metrics are read after the next update has been dispatched.
     while done < config.steps and not (stop and done % stage.period == 0):

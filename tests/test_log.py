@@ -34,6 +34,7 @@ def test_rows_come_at_the_cadence_and_at_the_end(tmp_path, capsys):
 
 def test_resuming_removes_what_lies_past_the_restored_update(tmp_path):
   log = make_log(tmp_path)
+  log.record(0, {"eval/loss": 2.0})  # of the weights that a run starts with
   for step in (2, 4):
     log.write(step, {"loss": 1.0})
   log.checkpointed(4)
@@ -44,10 +45,12 @@ def test_resuming_removes_what_lies_past_the_restored_update(tmp_path):
   events = lambda: {file.name.rpartition(".from")[2] for file in (tmp_path / "tensorboard").iterdir()}
   assert events() == {"0", "4"}
   make_log(tmp_path, start=4).close()
-  assert [row["step"] for row in rows(tmp_path)] == [2, 4]
+  assert [row["step"] for row in rows(tmp_path)] == [0, 2, 4]
   assert events() == {"0", "4"}  # the later file is new
   make_log(tmp_path, start=2).close()
-  assert [row["step"] for row in rows(tmp_path)] == [2] and events() == {"0", "2"}
+  assert [row["step"] for row in rows(tmp_path)] == [0, 2] and events() == {"0", "2"}
+  make_log(tmp_path, start=0).close()
+  assert rows(tmp_path) == []
 
 
 def test_ids_of_samples_are_logged_and_cut_like_rows(tmp_path):

@@ -103,6 +103,7 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
     summarise=lambda rows: summarise(rows, limit),
     scalars=lambda: rollouts.scalars,
     images=g.prompts * g.group_size // g.updates_per_rollout,
+    evaluate_first=True,
     period=g.updates_per_rollout,
     **learning(config, model),
   )
@@ -331,6 +332,10 @@ def check(config, devices: int) -> None:
   nft = g.objective == "diffusion_nft"
   if nft != (g.sampler == "ode"):
     raise UserError("config.grpo: objective diffusion_nft goes with sampler ode, the others with a stochastic one")
+  if nft and g.shared_noise:
+    raise UserError(
+      "config.grpo: sampler ode adds no noise, and from the same start a group's images are equal: set shared_noise=False"
+    )
   if nft and g.kl_kind == "x" and g.kl_weight:
     raise UserError("config.grpo.kl_kind x needs a stochastic step, which diffusion_nft hasn't: use v")
   count, updates = g.prompts * g.group_size, g.updates_per_rollout

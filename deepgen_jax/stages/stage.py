@@ -34,6 +34,7 @@ class Stage:
   scalars() -> what else the update that `prepare` just made ready has to report.
   host_batches: micro-batches from `batches` that make an update; 0: one for each task of config.data.pattern.
   images: that an update takes, for the speed; 0: host_batches x config.data.batch_size.
+  evaluate_first: whether the weights that a run starts with are judged too.
   period: updates that belong together; checkpoints fall between periods.
   old_decay: how the slower policy follows (`make_train_step`); None: there is none.
   dtype: the compute dtype; frozen kernels are stored in it, trained ones cast to it while they are sharded.
@@ -49,6 +50,7 @@ class Stage:
   scalars: Callable[[], dict] = dict
   host_batches: int = 0
   images: int = 0
+  evaluate_first: bool = False
   period: int = 1
   old_decay: tuple[float, float] | None = None
   dtype: Any = np.float32

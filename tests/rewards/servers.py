@@ -15,7 +15,7 @@ QUICK = dict(timeout=10.0, limit=20.0, pause=0.01, attempts=3)  # of a client in
 
 def once(reason):
   """Options of a client that asks once, and waits only for what won't come: a busy machine may take a moment to answer."""
-  return dict(attempts=1, timeout=0.8 if reason == "timeout" else 10.0)
+  return dict(attempts=1, timeout=2.0 if reason == "timeout" else 10.0)
 
 
 @contextlib.contextmanager

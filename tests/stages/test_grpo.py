@@ -337,6 +337,7 @@ def test_diffusion_nft_compares_with_a_slower_policy(base, tmp_path):
   overrides = {
     "grpo.objective": "diffusion_nft",
     "grpo.sampler": "ode",
+    "grpo.shared_noise": False,
     "grpo.kl_weight": 0.1,
     "grpo.nft_old_decay": "(0.5, 0.6)",
   }
@@ -361,6 +362,7 @@ def test_diffusion_nft_compares_with_a_slower_policy(base, tmp_path):
     ({"grpo.objective": "grpo"}, "config.grpo.objective 'grpo'; use flow_grpo"),
     ({"grpo.sampler": "csp"}, "Did you mean 'cps'"),
     ({"grpo.sampler": "ode"}, "diffusion_nft goes with sampler ode"),
+    ({"grpo.sampler": "ode", "grpo.objective": "diffusion_nft"}, "a group's images are equal"),
     ({"grpo.group_size": 1}, "group_size must be at least 2"),
     ({"grpo.rollout_batch": 6}, "rollout_batch 6 must divide"),
     ({"grpo.rollout_batch": 2}, "whole groups of 4"),
