@@ -85,11 +85,14 @@ def get_config(size: str = "tiny"):
   c.log.every = 1
   if size == "tiny":
     c.init = "runs/sft"
-    c.grpo.prompts, c.grpo.group_size, c.grpo.steps, c.grpo.train_steps = 8, 8, 10, 2
-    c.grpo.window, c.grpo.eval_steps, c.grpo.eval_guidance, c.grpo.eval_images = 4, 10, 3.0, 2
-    c.grpo.ratio_clip, c.grpo.sft_weight, c.grpo.kl_weight = (1e-3, 1e-3), 0.005, 1e-5
-    c.data.batch_size = 8
-    c.optim.lr, c.optim.warmup, c.optim.ema = 3e-4, 0.05, 0.9
-    c.steps = 20
-    c.checkpoint.every, c.eval.every, c.eval.samples = 20, 20, 32
+    c.grpo.objective, c.grpo.sampler, c.grpo.shared_noise = "diffusion_nft", "ode", False
+    c.grpo.prompts, c.grpo.group_size, c.grpo.steps, c.grpo.train_steps = 8, 4, 6, 2
+    c.grpo.nft_old_decay = (1.0, 0.9)  # rollouts by a steady policy: the trained one's noise is pulled back to it
+    c.grpo.reward_options = (("ocr", {"scoring": "dense"}),)  # rises before a word can be read
+    c.grpo.eval_steps, c.grpo.eval_guidance, c.grpo.eval_images = 6, 1.0, 1  # as in the rollouts
+    c.grpo.sft_weight, c.grpo.kl_weight = 0.05, 1e-4
+    c.data.batch_size = 4
+    c.optim.lr, c.optim.warmup, c.optim.ema = 3e-4, 0.01, 0.9
+    c.steps = 300
+    c.eval.every, c.eval.samples = 50, 128
   return c

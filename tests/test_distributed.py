@@ -148,6 +148,8 @@ def test_two_processes_are_one_run(options, tmp_path):
 
 
 REINFORCE = {
+  "grpo.objective": "flow_grpo",
+  "grpo.sampler": "cps",
   "unroll": "false",
   "log.every": 1,
   "checkpoint.every": 3,

@@ -79,6 +79,8 @@ def test_a_full_size_block_compiles_with_its_kernels():
 REINFORCE = [
   *("--config", "configs/grpo.py:tiny"),
   *(option for option in SMALL if "lora" not in option and "pattern" not in option),
+  "--config.grpo.objective=flow_grpo",
+  "--config.grpo.sampler=cps",
   "--config.grpo.prompts=4",
   "--config.grpo.group_size=4",
   "--config.grpo.rollout_batch=8",

@@ -144,7 +144,10 @@ class Reader:
         f"reward 'ocr' needs rapidocr-onnxruntime ({error}), which there is for Python up to 3.12. "
         "Run: pip install deepgen_jax[ocr]"
       ) from error
-    self._engine = RapidOCR(det_limit_side_len=DETECTION_SIDE, det_limit_type="min", use_cls=False)
+    # One thread: more of them spin between small models, for 2.5 times the processor time.
+    self._engine = RapidOCR(
+      det_limit_side_len=DETECTION_SIDE, det_limit_type="min", use_cls=False, intra_op_num_threads=1, inter_op_num_threads=1
+    )
     self._recogniser = self._engine.text_rec
     place = {character: 1 + i for i, character in enumerate(ALPHABET)}
     self._columns = [place.get(character, 0) for character in self._recogniser.postprocess_op.character]

@@ -32,6 +32,7 @@ from deepgen_jax.rewards.registry import check_name
 MODES = ("sample_proportional", "weight_only")
 SUFFIXES = (".txt", ".jsonl", ".csv")
 EMBEDDED_REWARDS = {"emoji": {"emoji_similarity": 1.0}, "words": {"ocr": 1.0}}
+EMBEDDED_SHARES = {"emoji": 3.0, "words": 1.0}
 _KEYS = ("name", "path", "sample_weight", "rewards")
 _LINE = "\n"  # where a mapping of the YAML file keeps its line; no key of a user can be this
 
@@ -87,7 +88,7 @@ class PromptSet:
 
 
 def embedded(emoji: EmojiSet, held_out: bool = False, rewards: Mapping[str, Mapping[str, float]] | None = None) -> PromptSet:
-  """The embedded prompts: emoji captions and rendered words, of training or held out, half of the draws each.
+  """The embedded prompts: emoji captions and rendered words, of training or held out, three to one.
 
   rewards: data set ("emoji", "words") -> weights; one that is left out gives no prompts.
   """
@@ -100,7 +101,11 @@ def embedded(emoji: EmojiSet, held_out: bool = False, rewards: Mapping[str, Mapp
     raise UserError(f"no embedded data set {min(unknown)!r}; use {', '.join(texts)}.{nearest(min(unknown), texts)}")
   weights = {name: _weights(own, f"embedded data set {name!r}: ") for name, own in rewards.items()}
   return PromptSet(
-    [Dataset(name, tuple(Prompt(text, own, name) for text in texts[name]), 1.0) for name, own in weights.items() if own]
+    [
+      Dataset(name, tuple(Prompt(text, own, name) for text in texts[name]), EMBEDDED_SHARES[name])
+      for name, own in weights.items()
+      if own
+    ]
   )
 
 

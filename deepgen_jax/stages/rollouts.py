@@ -188,8 +188,9 @@ class Programs:
     self.old = program(functools.partial(_old_policy, model, settings))
 
 
-def step_batch(settings, sigmas: np.ndarray, start: int, piece: Mapping, place: int, at: Callable) -> dict:
-  """A piece of a rollout at the window's step `place` (diffusion_nft: of the grid): what a train step takes, but its weights.
+def step_batch(settings, sigmas: np.ndarray, start: int, piece: Mapping, place: int | np.ndarray, at: Callable) -> dict:
+  """A piece of a rollout at the window's step `place` (diffusion_nft: of the grid, one for each row): what a train step takes,
+  but its weights.
 
   piece: the rows' inputs, advantage and sample_id, and what `kept` names. at: `at_step` or its program.
   """
@@ -306,19 +307,22 @@ class Rollouts:
 
   def _batches(self, part: int) -> Iterator[dict]:
     """Timestep by timestep, the micro-batches of an update without their weights."""
-    for place in self._places:
+    for places in self._places:
       for piece in self._pieces[part]:
-        yield self._deal(step_batch(self._settings, self.sigmas, self.start, piece, int(place), self._programs.at))
+        place = places[piece["sample_id"]] if places.ndim else int(places)
+        yield self._deal(step_batch(self._settings, self.sigmas, self.start, piece, place, self._programs.at))
 
   def _deal(self, tree):
     """Arrays of all samples, the same on every process, dealt to the devices."""
     return sharding.place(tree, jax.tree.map(lambda _: self._dealt, tree))
 
   def _draw_places(self, draw) -> np.ndarray:
-    """The steps that this rollout trains, of its window (diffusion_nft: of the grid)."""
+    """The steps that this rollout trains, of its window [n]; for diffusion_nft of the grid, each sample its own [n,samples]."""
     g = self._settings
-    steps = g.steps if g.objective == "diffusion_nft" else self.window
-    return np.sort(draw.choice(steps, g.train_steps or steps, replace=False))
+    if g.objective == "diffusion_nft":
+      order = [draw.permutation(g.steps)[: g.train_steps or g.steps] for _ in range(g.prompts * g.group_size)]
+      return np.stack(order, axis=1)
+    return np.sort(draw.choice(self.window, g.train_steps or self.window, replace=False))
 
 
 def _draw_keys(seed: int, settings, number, rows) -> tuple[jax.Array, jax.Array]:

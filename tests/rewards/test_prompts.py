@@ -152,7 +152,7 @@ def test_embedded_prompts(emoji):
   assert [p.text for p in captions.prompts] == [c for c, out in zip(emoji.captions, emoji.held_out) if not out]
   assert captions.prompts[0].weights == {"emoji_similarity": 1.0} and drawn.prompts[0].weights == {"ocr": 1.0}
   count = Counter(training.stream(0)[i].dataset for i in range(20))
-  assert count == {"emoji": 10, "words": 10}
+  assert count == {"emoji": 15, "words": 5}
   (held_out,) = prompts.embedded(emoji, held_out=True, rewards={"words": {"ocr": 0.5}}).datasets
   assert {p.text.split('"')[1] for p in held_out.prompts} == {word for word in words.WORDS if words.is_held_out(word)}
   assert not {p.text for p in held_out.prompts} & {p.text for p in drawn.prompts}

@@ -23,6 +23,9 @@ from deepgen_jax.weights.load import load_model
 from tests.small import CONFIG, draw_params, random_image, save_model
 
 SMALL = {
+  "grpo.objective": "flow_grpo",
+  "grpo.sampler": "cps",
+  "grpo.shared_noise": True,
   "unroll": "false",
   "data.text_buckets": "(128,)",
   "grpo.prompts": 4,
@@ -352,6 +355,8 @@ def test_diffusion_nft_compares_with_a_slower_policy(base, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, run.frozen["reference"]["dit"], before["dit"])
   assert metrics["kl"] > 0 and metrics["old_policy_distance"] == 0  # both moved from the first update's weights on
   assert batches[0]["latents"].shape == (16, 16, 64) and "next" not in batches[0]
+  levels = np.stack([batch["sigma"] for batch in batches])
+  assert len(np.unique(levels[0])) > 1 and (levels[0] != levels[1]).all()  # each sample has timesteps of its own
   third, _ = run.update()
   assert third["old_policy_distance"] > 0
 
