@@ -20,6 +20,7 @@ import re
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -54,7 +55,8 @@ def _model():
 
 
 def _train(argv: list[str], devices: int, log: str) -> None:
-  """The training command, in a process of its own that has imported it already."""
+  """The training command, in a process of its own that has imported it already and that doesn't outlive the one that asked."""
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(output, 1)
   os.dup2(output, 2)
@@ -66,6 +68,11 @@ def _train(argv: list[str], devices: int, log: str) -> None:
   SIZES["tiny"] = _model()
   sys.argv = ["train", *argv]
   run_command(train.main)
+
+
+def _end_with_parent() -> None:
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 class Torture:
