@@ -89,6 +89,8 @@ def test_a_run_leaves_what_a_workdir_holds(whole):
   steps = [row["step"] for row in rows(whole) if "loss" in row]
   assert steps == [1, 2, 3, 4] and all(np.isfinite(row["loss"]) for row in rows(whole) if "loss" in row)
   assert any("eval/heldout_loss" in row for row in rows(whole))
+  data, update = (sum(row.get(name, 0) for row in rows(whole)) for name in ("seconds_data", "seconds_per_update"))
+  assert 0 < data < update
 
 
 def test_align_trains_scb_and_think_tokens_alone(whole, base):
