@@ -31,7 +31,7 @@ def lose_row(file):
 
 def repeat_events(folder):
   first = min(folder.iterdir())
-  shutil.copy(first, folder / f"{first.name}.again")
+  shutil.copy(first, folder / f"again.{first.name}")
 
 
 WRONG = {
