@@ -75,7 +75,7 @@ class Checkpointer:
 
   def is_due(self, step: int, force: bool = False) -> bool:
     """Whether update `step` is one to save after: every so many, or with force any that isn't saved."""
-    return (force or (step > 0 and step % self._every == 0)) and step not in self._manager.all_steps()
+    return step > 0 and (force or step % self._every == 0) and step not in self._manager.all_steps()
 
   def save(self, step: int, state, data_state: dict) -> None:
     """Starts to write; what it is given may change at once. Raises UserError if the disk is full, now or during the last save,

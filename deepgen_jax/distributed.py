@@ -6,6 +6,7 @@ The same command runs on every host. JAX connects the processes and watches over
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +26,7 @@ from deepgen_jax.errors import UserError
 
 TIMEOUT = 60  # seconds without a sign of life, or at the end of a run without the others
 STARTUP = 300  # seconds that processes wait for the last of them
+PATIENCE = 7200  # and for another one's data: longer than the loader, which gives up in good order
 MESSAGE = 4096  # bytes of an error that one process tells the others
 
 T = TypeVar("T")
@@ -118,16 +120,16 @@ def largest(name: str, counts: Sequence[int]) -> list[int]:
   """Each count's largest value of all processes, which all ask for the same name, once: so that they pad to the same shapes.
 
   Goes by the service that connects the processes, not by their devices: threads that read ahead may ask. Raises RuntimeError
-  if another one doesn't answer within `STARTUP` seconds.
+  if another one doesn't answer within `PATIENCE` seconds.
   """
   if jax.process_count() == 1:
     return [*counts]
   client = coordination.global_state.client
   client.key_value_set(f"{name}/{jax.process_index()}", json.dumps([*map(int, counts)]), allow_overwrite=True)
   try:
-    told = [client.blocking_key_value_get(f"{name}/{other}", STARTUP * 1000) for other in range(jax.process_count())]
+    told = [client.blocking_key_value_get(f"{name}/{other}", PATIENCE * 1000) for other in range(jax.process_count())]
   except jax.errors.JaxRuntimeError as error:
-    raise RuntimeError(f"a process has nothing to say of {name} after {STARTUP} s: its storage may hang ({error})") from error
+    raise RuntimeError(f"a process has nothing to say of {name} after {PATIENCE} s: its storage may hang ({error})") from error
   return [max(values) for values in zip(*map(json.loads, told))]
 
 
@@ -143,7 +145,8 @@ def whole_on(tree, shardings):
 
 
 class Stop:
-  """Whether the run is to end: SIGTERM or the first Ctrl-C, on any process, ends all of them after the same update.
+  """Whether the run is to end: SIGTERM or the first Ctrl-C, on any process, ends all of them after the same update, or before
+  the first one.
 
   With several processes, what one was told reaches the others by a vote in each update, which is read one update late, as the
   metrics are, so that nobody waits for it.
@@ -152,10 +155,8 @@ class Stop:
   Python's own handlers would wait for it: a thread listens.
   """
 
-  def __init__(self, mesh: Mesh):
+  def __init__(self):
     self._told, self._agreed, self._vote = False, False, None
-    self._sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-    self._any = jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
     self._before = {number: signal.signal(number, self._tell) for number in (signal.SIGTERM, signal.SIGINT)}
     reader, self._writer = os.pipe()
     os.set_blocking(self._writer, False)
@@ -181,15 +182,26 @@ class Stop:
     signal.set_wakeup_fd(self._before_writer)
     os.close(self._writer)
 
-  def vote(self) -> None:
+  def agree(self) -> bool:
+    """Whether the run is to end, the same on every process: all call this, and wait for each other. Before the first update."""
+    self._agreed = bool(highest(int(self._told)))
+    return self._agreed
+
+  def vote(self, mesh: Mesh) -> None:
     """Once an update, on every process."""
     if jax.process_count() == 1:
       self._agreed = self._told
       return
     if self._vote is not None:
       self._agreed = bool(self._vote)
-    count = self._sharding.mesh.size
-    self._vote = self._any(jax.make_array_from_callback((count,), self._sharding, lambda index: np.array([self._told])))
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    votes = jax.make_array_from_callback((mesh.size,), sharding, lambda index: np.array([self._told]))
+    self._vote = _any(mesh)(votes)
 
   def __bool__(self) -> bool:
     return self._agreed
+
+
+@functools.cache
+def _any(mesh: Mesh) -> Callable:
+  return jax.jit(lambda votes: votes.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -203,6 +203,8 @@ def main() -> int:
   show(config, report)
   gaps = {"prompt_tokens": arguments.prompt_tokens, "side": SIZES[config.size].image_size}
   print(GAPS.format(attention=topology(arguments.topology)[0].attention, **gaps))
+  if config.data.precomputed:
+    print("- images come precomputed: neither the VAE nor the vision tower encodes any, but both stay in memory.")
   if config.stage == "grpo":
     print(ROLLOUT_GAPS)
   if arguments.json:

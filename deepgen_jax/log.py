@@ -32,10 +32,10 @@ class Log:
     self._jsonl = open(workdir / "metrics.jsonl", "a")  # noqa: SIM115  open for the life of the run
     self._writer = self._event_file(start)
     self._bar = tqdm(total=steps, initial=start, unit="update", smoothing=0.05) if sys.stderr.isatty() else None
-    self._clock, self._clock_step = time.monotonic(), start
+    self._clock, self._clock_step, self._clock_waited = time.monotonic(), start, 0.0
 
-  def write(self, step: int, scalars: dict[str, float], force: bool = False) -> None:
-    """One row for update `step`; written every `log.every` updates and at the end."""
+  def write(self, step: int, scalars: dict[str, float], waited: float = 0.0, force: bool = False) -> None:
+    """One row for update `step`; written every `log.every` updates and at the end. waited: seconds for data since the start."""
     if self._bar:
       self._bar.update(step - self._bar.n)
       self._bar.set_postfix(loss=f"{scalars.get('loss', float('nan')):.4f}", refresh=False)
@@ -44,8 +44,10 @@ class Log:
     now = time.monotonic()
     if step > self._clock_step:
       seconds = (now - self._clock) / (step - self._clock_step)
-      scalars = scalars | {"seconds_per_update": seconds, "images_per_second": self._images_per_step / seconds}
-      self._clock, self._clock_step = now, step
+      data = (waited - self._clock_waited) / (step - self._clock_step)
+      speed = {"seconds_per_update": seconds, "seconds_data": data, "images_per_second": self._images_per_step / seconds}
+      scalars = scalars | speed
+      self._clock, self._clock_step, self._clock_waited = now, step, waited
       if not self._bar:
         left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self._steps - step)))
         rate = scalars["images_per_second"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -17,15 +19,24 @@ from etils import epath
 from deepgen_jax import atomic, checkpoint, distributed, sharding, stages
 from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
 from deepgen_jax.config import flatten, load_config, to_json
-from deepgen_jax.errors import UserError, run_command
+from deepgen_jax.errors import Stalled, UserError, run_command
 from deepgen_jax.log import Log, Profiler, SampleLog, Silent
-from deepgen_jax.stages.step import full_params, in_compute_dtype, jit_step
+from deepgen_jax.stages.step import between_updates, full_params, in_compute_dtype, jit_step
+
+LAST_SAVE = 600  # seconds that a run may take to save when its data hangs
 
 
 def train(config, workdir: epath.Path) -> None:
-  """Runs or resumes a training until `config.steps` updates. Restore order: the workdir's newest checkpoint, else
-  config.init.
-  """
+  """Runs or resumes a training until `config.steps` updates, or until a signal tells it to stop (`distributed.Stop`)."""
+  stop = distributed.Stop()
+  try:
+    _train(config, workdir, stop)
+  finally:
+    stop.close()
+
+
+def _train(config, workdir: epath.Path, stop: distributed.Stop) -> None:
+  """Restore order: the workdir's newest checkpoint, else config.init."""
   config_json = to_json(config)
   distributed.check_same(json.dumps({k: v for k, v in flatten(config) if k != "distributed"}, default=str))
   distributed.on_main(lambda: checkpoint.check_config(workdir, config_json))
@@ -33,8 +44,12 @@ def train(config, workdir: epath.Path) -> None:
   profiler = Profiler(config.profile, workdir / "profile")
   stage = stages.build(config, mesh, workdir)
   accumulate = stage.host_batches or len(config.data.pattern)
+  images = stage.images or accumulate * config.data.batch_size
   if config.steps % stage.period:
     raise UserError(f"config.steps is {config.steps}; updates come {stage.period} at a time here: give a multiple of that")
+  if stop.agree():
+    print("stopped before the first update; the same command starts again", flush=True)
+    return
   held = distributed.on_main(lambda: _take(workdir, config_json))
 
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
@@ -49,41 +64,41 @@ def train(config, workdir: epath.Path) -> None:
   else:
     state, data_state = restored
   del trainable, restored
-
   rng = jax.jit(lambda: jax.random.key(config.seed), out_shardings=sharding.replicated(mesh))()
 
   done = int(state.step)
-  log = (Log if distributed.is_main() else Silent)(
-    workdir, config.steps, done, config.log.every, stage.images or accumulate * config.data.batch_size
-  )
+  log = (Log if distributed.is_main() else Silent)(workdir, config.steps, done, config.log.every, images)
   sample_log = SampleLog(workdir / f"samples{_own()}.jsonl", done, config.log.samples)
   samples = stage.batches.iterate(data_state["micro_batches"])
-  stop = distributed.Stop(mesh)
-  # (update, metrics of its micro-batches on the device, the stage's own): fetched one update late, so that the device never
-  # waits for the host
+  # (update, metrics of its micro-batches on the device, the stage's own, seconds for data): fetched one update late, so that
+  # the device never waits for the host
   pending = None
   programs = set()
 
-  def save() -> None:
-    """A checkpoint; what is logged up to it is on disk before it is, so that a kill in between loses no row."""
+  def write(force: bool = False) -> None:
     nonlocal pending
     if pending:
-      log.write(*_fetch(pending, stage, config.max_nonfinite))
+      log.write(*_fetch(pending, stage, config.max_nonfinite), force=force)
       pending = None
+
+  def save() -> None:
+    """A checkpoint; what is logged up to it is on disk before it is, so that a kill in between loses no row."""
+    write()
     sample_log.flush()
     log.checkpointed(done)
-    ckpt.save(done, state, {"micro_batches": samples.consumed})
+    ckpt.save(done, state, data_state)
 
   with contextlib.ExitStack() as closing:  # the last comes first, and each whatever the others do
     if held:
       closing.callback(held.close)
     record_data = lambda: _record_data(workdir, stage.batches)  # above all where bad data stopped the run
-    for close in (stop.close, ckpt.close, log.close, sample_log.close, record_data, samples.close, profiler.close):
+    for close in (ckpt.close, log.close, sample_log.close, record_data, samples.close, profiler.close):
       closing.callback(close)
     if config.eval.every and stage.evaluate_first and done == 0:
-      _report(log, 0, stage.evaluate(full_params(state, frozen), 0))
-    # The order below is fixed. Saving comes before next(samples): the data state belongs to this update. Evaluation sees the
-    # weights of the update that its row names. Metrics are read after the next update has been dispatched.
+      _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
+    stop.agree()
+    # The order below is fixed. Evaluation sees the weights of the update that its row names. Metrics are read after the next
+    # update has been dispatched.
     while done < config.steps and not (stop and done % stage.period == 0):
       ckpt.check()
       if done % stage.period == 0 and ckpt.is_due(done):
@@ -91,29 +106,54 @@ def train(config, workdir: epath.Path) -> None:
       profiler.at(done)
       metrics = []
       for _ in range(accumulate):
-        for batch in stage.prepare(full_params(state, frozen), next(samples)):
+        try:
+          host = next(samples)
+        except Stalled as stalled:
+          with _at_most(LAST_SAVE, stalled):
+            if done % stage.period == 0 and ckpt.is_due(done, force=True):
+              state = jax.jit(between_updates, donate_argnums=0, out_shardings=state_shardings)(state)
+              save()
+            closing.close()
+          raise
+        for batch in stage.prepare(full_params(state, frozen), host):
           _count_program(programs, batch, config.max_programs)
           sample_log.write(done + 1, samples.consumed - 1, batch["sample_id"])
           state, found = step(state, frozen, sharding.put_batch(batch, mesh), rng)
           metrics.append(found)
-      done += 1
-      if pending:
-        log.write(*_fetch(pending, stage, config.max_nonfinite))
-      pending = (done, metrics, stage.scalars())
-      stop.vote()
+      done, data_state = done + 1, {"micro_batches": samples.consumed}
+      write()
+      pending = (done, metrics, stage.scalars(), samples.waited)
+      stop.vote(mesh)
       if done % config.log.every == 0:
         record_data()
       if config.eval.every and (done % config.eval.every == 0 or done == config.steps):
         _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
-    if pending:
-      log.write(*_fetch(pending, stage, config.max_nonfinite), force=True)
-      pending = None
+    write(force=True)
     if ckpt.is_due(done, force=True):
       save()
     if done >= config.steps:
       stage.finish(sharding.merge(_weights(state), frozen))
     else:
       log.say(f"stopped at update {done}; the same command goes on from here")
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float, stalled: Stalled):
+  """For the last save of a run whose data hangs: what goes wrong is said, and no more; if it hangs too, the process ends."""
+
+  def end() -> None:
+    print(f"error: {stalled}; what was done since couldn't be saved within {seconds:.0f} s", file=sys.stderr, flush=True)
+    os._exit(1)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  except Exception as error:
+    print(f"what was done since the last checkpoint can't be saved: {error}", file=sys.stderr, flush=True)
+  finally:
+    timer.cancel()
 
 
 def _take(workdir: epath.Path, config_json: str):
@@ -144,9 +184,9 @@ def _weights(state):
   return state.params if state.ema is None else state.ema
 
 
-def _fetch(pending, stage, max_nonfinite: int) -> tuple[int, dict[str, float]]:
-  """(update, metrics as floats); stops the run when too many updates in a row weren't finite."""
-  step, metrics, scalars = pending
+def _fetch(pending, stage, max_nonfinite: int) -> tuple[int, dict[str, float], float]:
+  """(update, metrics as floats, seconds for data); stops the run when too many updates in a row weren't finite."""
+  step, metrics, scalars, waited = pending
   rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(metrics)]
   metrics = stage.summarise(rows) | scalars
   if metrics["skipped_in_row"] >= max_nonfinite:
@@ -154,7 +194,7 @@ def _fetch(pending, stage, max_nonfinite: int) -> tuple[int, dict[str, float]]:
       f"updates {step - max_nonfinite + 1} to {step} had a loss or gradient that isn't finite and changed no weight; "
       "stopped. Lower config.optim.lr or look at the data of these updates."
     )
-  return step, metrics
+  return step, metrics, waited
 
 
 def _report(log: Log, step: int, report) -> None:

@@ -226,8 +226,8 @@ def test_what_fails_on_the_main_process_fails_here():
 # Stands for a long compilation: a wait outside Python that no signal ends.
 STUCK = """
 import ctypes
-from deepgen_jax import distributed, sharding
-stop = distributed.Stop(sharding.make_mesh())
+from deepgen_jax import distributed
+stop = distributed.Stop()
 print("ready", flush=True)
 mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
 lock(mutex)
@@ -251,9 +251,9 @@ def test_a_second_signal_ends_a_run_at_once_whatever_it_does(number):
 
 def test_after_a_run_signals_do_what_they_did_before():
   before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-  stop = distributed.Stop(sharding.make_mesh())
+  stop = distributed.Stop()
   os.kill(os.getpid(), signal.SIGTERM)
-  stop.vote()
+  stop.vote(sharding.make_mesh())
   assert stop
   stop.close()
   assert {number: signal.getsignal(number) for number in before} == before

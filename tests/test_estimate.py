@@ -129,6 +129,19 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   assert {name: part.runs for name, part in without.parts.items()} == {"rollout": 2, "take": 1, "policy": 2}
 
 
+def test_precomputed_images_are_not_encoded(monkeypatch):
+  monkeypatch.setitem(SIZES, "tiny", CONFIG)
+  monkeypatch.setattr(plans, "sample_flops", lambda *_: {"generate": 1.0, "edit": 10.0, "moments": 100.0, "features": 1000.0})
+  mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
+  options = [*(option.removeprefix("--config.") for option in SMALL), "data.pattern=edit,generate"]
+  plan, spared = (
+    plans.make_plan(load_config("configs/sft.py:tiny", [*options, f"data.precomputed={folder}"]), mesh, 50)
+    for folder in ("", "encoded")
+  )
+  assert plan.parts.keys() == {"generate", "edit", "moments", "features"} and plan.flops == 4 * 1311
+  assert spared.parts.keys() == {"generate", "edit"} and spared.flops == 4 * 11 and spared.resident == plan.resident
+
+
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
   """The compiler refuses; the report is printed all the same, with what it asked for on top of what is resident."""
 

@@ -24,9 +24,10 @@ def rows(workdir):
 def test_rows_come_at_the_cadence_and_at_the_end(tmp_path, capsys):
   log = make_log(tmp_path)
   for step in range(1, 6):
-    log.write(step, {"loss": step / 10})
-  log.write(5, {"loss": 0.5}, force=True)
+    log.write(step, {"loss": step / 10}, waited=step**2)
+  log.write(5, {"loss": 0.5}, waited=30, force=True)
   log.close()
+  assert [row["seconds_data"] for row in rows(tmp_path)] == [2, 6, 14]  # an update, since the row before
   assert [row["step"] for row in rows(tmp_path)] == [2, 4, 5]
   assert rows(tmp_path)[0]["loss"] == 0.2 and rows(tmp_path)[0]["images_per_second"] > 0
   assert "update 4/10  loss 0.4000" in capsys.readouterr().out

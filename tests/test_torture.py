@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -27,7 +31,7 @@ def lose_row(file):
 
 def repeat_events(folder):
   first = min(folder.iterdir())
-  shutil.copy(first, folder / f"{first.name}.again")
+  shutil.copy(first, folder / f"again.{first.name}")
 
 
 WRONG = {
@@ -52,3 +56,39 @@ def test_killed_at_random_moments_a_run_ends_as_if_undisturbed(tmp_path):
     with pytest.raises(AssertionError):
       torture.compare(copy, tmp_path / "whole_2", exact=True)
       pytest.fail(what)
+
+
+# A life that waits for ever where it opens its log, a pipe that nobody reads.
+ABANDONED = """
+import multiprocessing, sys
+from tests import torture
+if __name__ == "__main__":
+  life = multiprocessing.get_context("forkserver").Process(target=torture._train, args=([], 1, sys.argv[1]))
+  life.start()
+  print(life.pid, flush=True)
+  life.join()
+"""
+
+
+def test_what_is_tortured_does_not_outlive_the_torture(tmp_path):
+  os.mkfifo(tmp_path / "log")
+  (tmp_path / "abandoned.py").write_text(ABANDONED)
+  command = [sys.executable, str(tmp_path / "abandoned.py"), str(tmp_path / "log")]
+  environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+  with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    life = Path("/proc") / process.stdout.readline().strip() / "stat"
+    assert alive(life)
+    time.sleep(0.5)
+    assert alive(life)
+    process.kill()
+  end = time.monotonic() + 20
+  while alive(life):
+    assert time.monotonic() < end
+    time.sleep(0.1)
+
+
+def alive(stat):
+  try:
+    return stat.read_text().rpartition(") ")[2][0] != "Z"
+  except (FileNotFoundError, ProcessLookupError):
+    return False

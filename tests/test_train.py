@@ -4,9 +4,12 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from pathlib import Path
 
 import jax
@@ -15,8 +18,9 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from deepgen_jax import checkpoint, train
-from deepgen_jax.errors import UserError, run_command
+from deepgen_jax import checkpoint, stages, train
+from deepgen_jax.data.loader import MicroBatchIterator
+from deepgen_jax.errors import Stalled, UserError, run_command
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.weights.load import load_model
@@ -85,6 +89,8 @@ def test_a_run_leaves_what_a_workdir_holds(whole):
   steps = [row["step"] for row in rows(whole) if "loss" in row]
   assert steps == [1, 2, 3, 4] and all(np.isfinite(row["loss"]) for row in rows(whole) if "loss" in row)
   assert any("eval/heldout_loss" in row for row in rows(whole))
+  data, update = (sum(row.get(name, 0) for row in rows(whole)) for name in ("seconds_data", "seconds_per_update"))
+  assert 0 < data < update
 
 
 def test_align_trains_scb_and_think_tokens_alone(whole, base):
@@ -104,12 +110,63 @@ def test_resume_is_bit_equal(whole, align, tmp_path):
   shutil.rmtree(halved / "checkpoints" / "4")
   assert checkpoint.Checkpointer(epath.Path(halved), 2, 2).latest() == 2
   align(halved, 4)
-  one, two = (checkpoint.load_trained(epath.Path(d)) for d in (whole, halved))
+  same(halved, whole)
+
+
+def same(run, whole):
+  """Weights and rows, bit for bit."""
+  one, two = (checkpoint.load_trained(epath.Path(d)) for d in (run, whole))
   assert one.keys() == two.keys() and one
   for name in one:
     np.testing.assert_array_equal(one[name], two[name], err_msg=name)
-  losses = lambda d: [(r["step"], r["loss"], r["grad_norm"]) for r in rows(epath.Path(d)) if "loss" in r]
-  assert losses(whole) == losses(halved)
+  found = [[{k: v for k, v in row.items() if "second" not in k} for row in rows(d) if "loss" in row] for d in (run, whole)]
+  assert found[0] == found[1]
+
+
+def test_when_data_hangs_what_is_done_is_saved(whole, align, tmp_path, monkeypatch):
+  """In the middle of the third update, of which nothing counts yet."""
+  real = MicroBatchIterator.__next__
+
+  def hangs(samples):
+    if samples.consumed == 10:
+      raise Stalled("sample 9 of numbers hangs")
+    return real(samples)
+
+  monkeypatch.setattr(MicroBatchIterator, "__next__", hangs)
+  with pytest.raises(Stalled, match="sample 9"):
+    align(tmp_path, 4, "--config.checkpoint.every=4", "--config.log.samples=true")
+  assert checkpoint.stored(tmp_path)[0] == 2
+  monkeypatch.undo()
+  align(tmp_path, 4, "--config.log.samples=true")
+  same(tmp_path, whole)
+  assert [json.loads(line)["micro_batch"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [*range(16)]
+
+
+def test_when_storage_hangs_too_the_last_save_gives_up(monkeypatch, capsys):
+  ended, codes = threading.Event(), []
+  monkeypatch.setattr(train.os, "_exit", lambda code: codes.append(code) or ended.set())
+  with train._at_most(0.1, Stalled("sample 9 hangs")):
+    assert ended.wait(60)
+  assert codes == [1] and "error: sample 9 hangs; what was done since couldn't be saved" in capsys.readouterr().err
+  with train._at_most(0.1, Stalled("sample 9 hangs")):
+    raise UserError("the disk is full")
+  time.sleep(0.2)
+  assert codes == [1] and "can't be saved: the disk is full" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", [(stages, "build"), (checkpoint.Checkpointer, "restore")])
+def test_told_to_stop_before_the_first_update_a_run_ends_well(whole, align, tmp_path, monkeypatch, capsys, place):
+  real = getattr(*place)
+
+  def told(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args)
+
+  monkeypatch.setattr(*place, told)
+  before = signal.getsignal(signal.SIGTERM)
+  align(tmp_path, 4)
+  assert "stopped" in capsys.readouterr().out and signal.getsignal(signal.SIGTERM) == before
+  assert not list(tmp_path.rglob("checkpoints/*")) and not list(tmp_path.rglob("bad_samples.jsonl"))
 
 
 def test_a_run_on_a_user_s_own_tar(align, tmp_path):

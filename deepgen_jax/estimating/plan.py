@@ -65,19 +65,20 @@ def make_plan(config, mesh, prompt_tokens: int) -> Plan:
     "optimizer": bytes_per_device((state.opt_state, state.grads, state.ema, state.old)),
   }
   size, tasks = config.data.batch_size, list(config.data.pattern)
+  pictures = {} if config.data.precomputed else _pictures(tasks)
 
   def train(batch) -> Callable:
     return lambda: step.lower(state, frozen, dealt(batch, mesh), rng)
 
   def learned(runs: float, beside: float = 0.0) -> dict[str, Part]:
-    """The supervised batches, `runs` times an update, and the encoders of their images."""
+    """The supervised batches, `runs` times an update, and the encoders of their images, unless they are precomputed."""
     parts = {}
     for task in dict.fromkeys(tasks):
       batch = train_batch(config, model, task, prompt_tokens, size)
       batch |= jax.eval_shape(lambda: _weights(config, size)) if config.stage == "grpo" else {}
       parts[task] = Part(train(batch), runs * tasks.count(task), beside, updates=True)
     encoder = ImageEncoder(model, mesh=mesh)
-    side, pictures = model.config.image_size, _pictures(tasks)
+    side = model.config.image_size
     images = dealt(jax.ShapeDtypeStruct((encoder.batch, side, side, 3), np.uint8), mesh)
     needed = {"moments": {"vae": frozen["vae"]}, "features": {"vlm": {"vision": frozen["vlm"]["vision"]}}}
     for name, count in pictures.items():
@@ -86,7 +87,7 @@ def make_plan(config, mesh, prompt_tokens: int) -> Plan:
     return parts
 
   flops = sample_flops(config, prompt_tokens)
-  runs = {task: tasks.count(task) for task in tasks} | _pictures(tasks)
+  runs = {task: tasks.count(task) for task in tasks} | pictures
   supervised_flops = size * sum(count * flops[name] for name, count in runs.items())
   if config.stage == "supervised":
     return Plan(resident, learned(1.0), len(tasks) * size, supervised_flops)

@@ -247,6 +247,11 @@ class UpdateIterator:
     due = self._samples is not None and update % self._every == 0
     return {"update": update, "supervised": next(self._samples) if due else None}
 
+  @property
+  def waited(self) -> float:
+    """Seconds that the supervised data let wait so far."""
+    return self._samples.waited if self._samples else 0.0
+
   def close(self) -> None:
     """Stops reading ahead."""
     if self._samples:

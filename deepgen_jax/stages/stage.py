@@ -26,7 +26,7 @@ class Stage:
   """init() -> the full parameter tree (arrays).
 
   loss(params, batch, keys) -> (per-sample loss [B], metrics): pure, differentiated by the trainable leaves.
-  batches: has `iterate(start)` -> iterator of host micro-batches with `.consumed`, `bad_samples()` and `counts()`.
+  batches: has `iterate(start)` -> iterator of host micro-batches with `.consumed` and `.waited`; `bad_samples()`; `counts()`.
   prepare(params, host_batch) -> batches, in order (dicts of arrays with a leading sample axis); params are the current ones.
   evaluate(params, step) -> Report on held-out data with fixed seeds.
   finish(params): called once after the last update.

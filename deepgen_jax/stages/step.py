@@ -84,6 +84,12 @@ def init_state(trainable, optimizer: optax.GradientTransformation, ema: bool, ol
   )
 
 
+def between_updates(state: TrainState) -> TrainState:
+  """The state before the update under way, whose micro-batches have changed nothing but sums."""
+  zero = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+  return state.replace(micro=zero(state.micro), grads=zero(state.grads), loss=zero(state.loss))
+
+
 def full_params(state: TrainState, frozen) -> dict:
   """What a stage's functions take: the parameters as they are, and under "old" those of the slower policy where it is kept."""
   params = sharding.merge(state.params, frozen)

@@ -1,5 +1,5 @@
-"""Ten kinds of broken files: each is named, the others are all read, and nothing outside the folder is. The same at 100,000
-entries: python -m tests.data.broken_files
+"""Ten kinds of broken files: each is named, the others are all read, and nothing outside the folder is. A run that trains
+on 100,000 entries: python -m tests.data.broken_files
 """
 
 from collections import Counter
@@ -19,13 +19,18 @@ def test_every_broken_entry_is_named_and_the_stream_goes_on(tmp_path):
 
 def test_the_check_sees_what_is_missing(tmp_path):
   kinds = broken_files.build(tmp_path, 1000)
-  seen, greys, batches = broken_files.read(tmp_path, 1000)
-  index = next(iter(kinds))
-  with pytest.raises(AssertionError):
-    broken_files.check({i: kind for i, kind in kinds.items() if i != index}, 1000, seen, greys, batches)
-  with pytest.raises(AssertionError):
-    broken_files.check(kinds | {index: "missing file"}, 1000, seen, greys, batches)
-  with pytest.raises(AssertionError):
-    broken_files.check(kinds, 1000, seen + Counter([index]), greys, batches)
-  with pytest.raises(AssertionError):
-    broken_files.check(kinds, 1000, seen, greys | {broken_files.SECRET}, batches)
+  seen, bad = broken_files.read(tmp_path, 1000)
+  index, wrong = next(iter(kinds)), pytest.raises(AssertionError)
+  with wrong:
+    broken_files.check({i: kind for i, kind in kinds.items() if i != index}, 1000, seen, bad)
+  with wrong:
+    broken_files.check(kinds | {index: "missing file"}, 1000, seen, bad)
+  seen.entries.update([index])
+  with wrong:
+    broken_files.check(kinds, 1000, seen, bad)
+  seen.entries.subtract([index])
+  seen.entries += Counter()
+  broken_files.check(kinds, 1000, seen, bad)
+  seen.greys.add(broken_files.SECRET)
+  with wrong:
+    broken_files.check(kinds, 1000, seen, bad)

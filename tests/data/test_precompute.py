@@ -1,15 +1,21 @@
 """Precomputed data gives what encoding in the loop gives; it goes on where it was cut off, and says when it doesn't fit."""
 
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import load as load_arrays
 
 from deepgen_jax import sharding, train
 from deepgen_jax.config import load_config
@@ -58,7 +64,7 @@ def small():
     yield
 
 
-def load(root, *overrides):
+def settings(root):
   small = {
     "init": root / "base",
     "data.sources": f"folder:{root}/cats,json:{root}/edits.json",
@@ -72,7 +78,11 @@ def load(root, *overrides):
     "log.every": 1,
     "steps": 2,
   }
-  return load_config("configs/align.py:tiny", [*(f"{key}={value}" for key, value in small.items()), *overrides])
+  return [f"{key}={value}" for key, value in small.items()]
+
+
+def load(root, *overrides):
+  return load_config("configs/align.py:tiny", [*settings(root), *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +176,55 @@ def test_it_goes_on_where_it_was_cut_off(root, whole, tmp_path, monkeypatch):
   assert before == {file: file.stat().mtime for file in before}
   for file in out.glob("*/*.array_record"):
     assert file.read_bytes() == (whole / file.relative_to(out)).read_bytes()
+
+
+# The command, with the small model in the place of `tiny`.
+COMMAND = """
+from deepgen_jax.data import precompute
+from deepgen_jax.errors import run_command
+from deepgen_jax.models.config import SIZES
+from tests.small import CONFIG
+SIZES["tiny"] = CONFIG
+run_command(precompute.main)
+"""
+
+
+def test_processes_of_one_run_share_the_work(root, whole, tmp_path):
+  """Two of two devices, which share the weights: their sums round in their own ways."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    place = f"localhost:{free.getsockname()[1]}/2"
+  flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+  command = [sys.executable, "-c", COMMAND, "--config", "configs/align.py:tiny", "--output", str(tmp_path)]
+  command += ["--shard_size", "4", *(f"--config.{setting}" for setting in settings(root))]
+  command.append(f"--config.data.sources=folder:{root}/cats")
+  start = lambda index: subprocess.Popen(
+    [*command, f"--config.distributed={place}/{index}"],
+    cwd=Path(__file__).parents[2],
+    env=os.environ | {"XLA_FLAGS": flags},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+  processes = [start(index) for index in range(2)]
+  try:
+    said = [process.communicate(timeout=240)[0] for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  assert [process.returncode for process in processes] == [0, 0], said
+  assert "2 of 3 shards to do (part 0/2)" in said[0] and "1 of 3 shards to do (part 1/2)" in said[1]
+  assert files(tmp_path) == [file for file in files(whole) if file.startswith("cats")]
+  for ours in tmp_path.glob("*/*"):
+    theirs = whole / ours.relative_to(tmp_path)
+    if theirs.suffix != ".array_record":
+      assert ours.read_bytes() == theirs.read_bytes()
+      continue
+    for one, two in zip(*(ArrayRecordReader(str(file)).read_all() for file in (ours, theirs)), strict=True):
+      one, two = load_arrays(one), load_arrays(two)
+      assert one.pop("json").tobytes() == two.pop("json").tobytes()
+      for name in one.keys() | two.keys():
+        np.testing.assert_allclose(one[name], two[name], rtol=0, atol=1e-4 * np.abs(two[name]).max(), err_msg=name)
 
 
 @pytest.fixture(scope="module")
