@@ -169,7 +169,7 @@ def test_told_to_stop_before_the_first_update_a_run_ends_well(whole, align, tmp_
   assert not list(tmp_path.rglob("checkpoints/*")) and not list(tmp_path.rglob("bad_samples.jsonl"))
 
 
-def test_a_run_on_a_user_s_own_tar(align, tmp_path):
+def test_a_run_on_a_user_s_own_tar(align, tmp_path, capsys):
   """Generation and edits with one and two references; a broken sample, a narrow one; nothing of the embedded set."""
   tar = str(tmp_path / "edits-{0..1}.tar")
   for shard in range(2):
@@ -190,6 +190,7 @@ def test_a_run_on_a_user_s_own_tar(align, tmp_path):
   assert counts[f"wds:{tar}"]["drawn"] >= 16 and counts[f"wds:{tar}"]["broken"] >= 2
   assert counts[f"folder:{folder}"]["filtered"]["max_aspect"] >= 1
   bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+  assert f"3 samples couldn't be used, others took their place: {os.path.relpath(out)}" in capsys.readouterr().out
   assert {(b["source"][:3], b["index"], b["filter"]) for b in bad} == {("wds", 2, ""), ("wds", 8, ""), ("fol", 3, "max_aspect")}
 
 
