@@ -239,7 +239,7 @@ class MicroBatchIterator:
     named = ", ".join(self._batches.reading()[:3]) or "nothing: all is read, and being prepared, or another process reads"
     text = f"training has waited {seconds:.0f} s for micro-batch {self.consumed}; being read: {named}"
     if seconds >= self._batches.spec.stalled:
-      raise Stalled(f"{text}. The storage seems to hang; the same command goes on from there")
+      raise Stalled(f"{text}. The storage seems to hang; the same command goes on from the last checkpoint")
     warnings.warn(text, stacklevel=3)
 
   def close(self) -> None:
