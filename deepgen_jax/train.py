@@ -72,8 +72,7 @@ def _train(config, workdir: epath.Path, stop: distributed.Stop) -> None:
   samples = stage.batches.iterate(data_state["micro_batches"])
   # (update, metrics of its micro-batches on the device, the stage's own, seconds for data): fetched one update late, so that
   # the device never waits for the host
-  pending = None
-  programs = set()
+  pending, programs = None, set()
 
   def write(force: bool = False) -> None:
     nonlocal pending
@@ -92,7 +91,8 @@ def _train(config, workdir: epath.Path, stop: distributed.Stop) -> None:
     if held:
       closing.callback(held.close)
     record_data = lambda: _record_data(workdir, stage.batches)  # above all where bad data stopped the run
-    for close in (ckpt.close, log.close, sample_log.close, record_data, samples.close, profiler.close):
+    tell = lambda: _tell_bad(log, workdir, stage.batches)
+    for close in (ckpt.close, log.close, sample_log.close, tell, record_data, samples.close, profiler.close):
       closing.callback(close)
     if config.eval.every and stage.evaluate_first and done == 0:
       _report(log, done, stage.evaluate(sharding.merge(_weights(state), frozen), done))
@@ -213,6 +213,11 @@ def _record_data(workdir: epath.Path, batches) -> None:
     atomic.write_text(workdir / f"data_counts{_own()}.json", json.dumps(counts, indent=2) + "\n")
   if bad := batches.bad_samples():
     atomic.write_text(workdir / f"bad_samples{_own()}.jsonl", "".join(json.dumps(b._asdict()) + "\n" for b in bad))
+
+
+def _tell_bad(log: Log, workdir: epath.Path, batches) -> None:
+  if bad := len(batches.bad_samples()):
+    log.say(f"{bad} samples couldn't be used, others took their place: {workdir / 'bad_samples.jsonl'}")
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

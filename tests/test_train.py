@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -169,7 +170,7 @@ def test_told_to_stop_before_the_first_update_a_run_ends_well(whole, align, tmp_
   assert not list(tmp_path.rglob("checkpoints/*")) and not list(tmp_path.rglob("bad_samples.jsonl"))
 
 
-def test_a_run_on_a_user_s_own_tar(align, tmp_path):
+def test_a_run_on_a_user_s_own_tar(align, tmp_path, capsys):
   """Generation and edits with one and two references; a broken sample, a narrow one; nothing of the embedded set."""
   tar = str(tmp_path / "edits-{0..1}.tar")
   for shard in range(2):
@@ -190,15 +191,19 @@ def test_a_run_on_a_user_s_own_tar(align, tmp_path):
   assert counts[f"wds:{tar}"]["drawn"] >= 16 and counts[f"wds:{tar}"]["broken"] >= 2
   assert counts[f"folder:{folder}"]["filtered"]["max_aspect"] >= 1
   bad = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+  said = capsys.readouterr().out
+  assert f"3 samples couldn't be used, others took their place: {os.path.relpath(out)}" in said
+  assert f"data: folder:{folder}, 5 samples to generate\n" in said and f"data: wds:{tar}, 12 samples to edit\n" in said
   assert {(b["source"][:3], b["index"], b["filter"]) for b in bad} == {("wds", 2, ""), ("wds", 8, ""), ("fol", 3, "max_aspect")}
 
 
-def test_bad_data_stops_a_run_and_is_listed(align, tmp_path):
+def test_bad_data_stops_a_run_and_is_listed(align, tmp_path, capsys):
   for n in range(4):
     (tmp_path / f"{n}.png").write_bytes(b"broken" if n else png(random_image(64, 64)))
     (tmp_path / f"{n}.txt").write_text("a picture")
   with pytest.raises(UserError, match=r"were broken, more than the share of 0\.05"):
-    align(tmp_path / "run", 9, f"--config.data.sources=folder:{tmp_path}", "--config.data.pattern=generate")
+    align(tmp_path / "run", 9, f"--config.data.sources=folder:{tmp_path},emoji-edits", "--config.data.pattern=generate")
+  assert re.search(r"data: emoji edits, \d+ samples to edit, unused: not in data\.pattern", capsys.readouterr().out)
   assert len((tmp_path / "run" / "bad_samples.jsonl").read_text().splitlines()) >= 1
 
 

@@ -1,8 +1,9 @@
-"""Which files a path of the config means: one file, a folder, a glob, or ranges in braces; local or gs://."""
+"""Which files or folders a path of the config means: one, a folder of files, a glob, or ranges in braces; local or gs://."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import posixpath
 import re
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ def find_files(pattern: str | os.PathLike, wanted: str) -> list[epath.Path]:
     if not path.exists():
       raise missing(path)
     if rest:
-      some = [file for file in path.glob(rest) if file.is_file()]
+      some = [file for file in _glob(path, rest) if file.is_file()]
     elif path.is_dir():
       some = [file for file in path.iterdir() if re.search(wanted, file.name) and file.is_file()]
     else:
@@ -32,6 +33,20 @@ def find_files(pattern: str | os.PathLike, wanted: str) -> list[epath.Path]:
     if not some:
       raise UserError(f"no data files in {text}" + ("" if rest else f": expected names like {_plain(wanted)}"))
     found += sorted(some, key=os.fspath)
+  return found
+
+
+def find_folders(pattern: str | os.PathLike) -> list[epath.Path]:
+  """The folders of `pattern`: "cats", "{cats,dogs}", "pets/*", "pets/**" (itself and all below). Raises UserError for none."""
+  found: list[epath.Path] = []
+  for text in _braces(os.fspath(pattern)):
+    path, rest = _split_glob(text)
+    if not path.exists():
+      raise missing(path)
+    some = sorted((folder for folder in _glob(path, rest) if folder.is_dir()), key=os.fspath) if rest else [path]
+    if not some or not path.is_dir():
+      raise UserError(f"{text} is no folder")
+    found += some
   return found
 
 
@@ -65,6 +80,14 @@ def _split_glob(text: str) -> tuple[epath.Path, str]:
   parts = text.split("/")
   first = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
   return epath.Path("/".join(parts[:first]) or ("/" if text.startswith("/") else ".")), "/".join(parts[first:])
+
+
+def _glob(folder: epath.Path, rest: str) -> Iterator[epath.Path]:
+  if "**" not in rest:
+    return folder.glob(rest)
+  if "://" in os.fspath(folder):
+    raise UserError(f"{folder}/{rest}: ** would ask for every folder there one by one; write */ for each level")
+  return map(epath.Path, pathlib.Path(folder).glob(rest))
 
 
 def _braces(text: str) -> Iterator[str]:

@@ -138,10 +138,12 @@ class MicroBatches:
     self.spec, self.tokenizer = spec, tokenizer
     for task in spec.pattern:
       if task not in TASKS:
-        raise UserError(f"unknown task {task!r} in the task pattern; use {' or '.join(TASKS)}")
+        raise UserError(f"config.data.pattern: unknown task {task!r}; use {' or '.join(TASKS)}")
       if not sources.get(task):
+        held = ",".join(t for t in TASKS if sources.get(t))
         raise UserError(
-          f"the task pattern has {task!r}, but no data source is given for it; change data.pattern or data.sources"
+          f"config.data.pattern has {task!r}, but no data source holds such samples: add one to config.data.sources"
+          + (f", or set --config.data.pattern={held}" if held else "")
         )
     self._rows = range(spec.batch_size) if rows is None else rows
     self._agree = agree
@@ -237,7 +239,7 @@ class MicroBatchIterator:
     named = ", ".join(self._batches.reading()[:3]) or "nothing: all is read, and being prepared, or another process reads"
     text = f"training has waited {seconds:.0f} s for micro-batch {self.consumed}; being read: {named}"
     if seconds >= self._batches.spec.stalled:
-      raise Stalled(f"{text}. The storage seems to hang; the same command goes on from there")
+      raise Stalled(f"{text}. The storage seems to hang; the same command goes on from the last checkpoint")
     warnings.warn(text, stacklevel=3)
 
   def close(self) -> None:

@@ -78,7 +78,8 @@ def _open(uri: str, options: dict, emoji, data_dir: str) -> Source:
     return RenderedWords() if kind == "words" else EmojiGeneration(emoji()) if kind == "emoji" else EmojiEdits(emoji())
   if kind not in FORMATS:
     known = [*FORMATS, *EMBEDDED]
-    raise UserError(f"{where} is of no known kind; write KIND:PATH with {', '.join(FORMATS)}.{nearest(kind, known)}")
+    hint = nearest(kind, known) or f" Is it folder:{uri}?"
+    raise UserError(f"{where} is of no known kind; write KIND:PATH with {', '.join(FORMATS)}.{hint}")
   if not path:
     raise UserError(f"{where} lacks its path: write {kind}:PATH")
   known = ["weight", *(name for name in inspect.signature(FORMATS[kind]).parameters if name != "path")]

@@ -18,7 +18,7 @@ from etils import epath
 
 from deepgen_jax.data import edits, words
 from deepgen_jax.data.emoji import EmojiSet
-from deepgen_jax.data.files import missing
+from deepgen_jax.data.files import find_folders
 from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import UserError
 
@@ -113,23 +113,28 @@ class ImageFolder:
   task = "generate"
 
   def __init__(self, path: str | os.PathLike):
-    """Raises UserError if the folder (local or gs://) doesn't exist or holds no image."""
+    """path: a folder, or several in braces or as a glob (`find_folders`); local or gs://. Raises UserError if there is none, or
+    no image in them.
+    """
     self.name = f"folder:{os.fspath(path)}"
-    folder = epath.Path(path)
-    if not folder.exists():
-      raise missing(folder)
-    if not folder.is_dir():
-      raise UserError(f"{folder} is no folder of images")
-    names = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
-    self._folder, self.names = folder, np.array([os.fsencode(name) for name in names])  # a tenth of what objects would take
-    if not names:
-      raise UserError(f"no images in {folder}: expected files like cat.png with cat.txt beside it ({' '.join(IMAGE_SUFFIXES)})")
+    self._folders = find_folders(path)
+    lists = [sorted(file.name for file in folder.iterdir() if _is_image(file)) for folder in self._folders]
+    self._first = np.cumsum([0, *map(len, lists)])  # image of each folder
+    if not self._first[-1]:
+      kinds = " ".join(IMAGE_SUFFIXES)
+      raise UserError(
+        f"no images in {path}: expected files like cat.png with cat.txt beside it ({kinds}). Folders in it aren't looked "
+        f"into, unless you write folder:{path}/**"
+      )
+    # A tenth of what objects would take.
+    self.names = np.array([os.fsencode(name) for names in lists for name in names])
 
   def __len__(self) -> int:
     return len(self.names)
 
   def __getitem__(self, index: int) -> Sample:
-    file = self._folder / os.fsdecode(self.names[index])
+    folder = self._folders[int(np.searchsorted(self._first, index, "right")) - 1]
+    file = folder / os.fsdecode(self.names[index])
     text_file = file.with_suffix(".txt")
     if not text_file.exists():
       raise UserError(f"{file}: no caption, {text_file.name} is missing")
@@ -142,6 +147,10 @@ class ImageFolder:
     if not caption:
       raise UserError(f"{text_file}: the caption is empty")
     return Sample(self.task, (caption,), load_image(file))
+
+
+def _is_image(file: epath.Path) -> bool:
+  return file.suffix.lower() in IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,10 @@ def micro_batches(config, sizes, tokenizer, mesh, params) -> MicroBatches:
     facts = encoder_facts(params, sizes.image_size, compute_dtype(config.dtype), spec.filters)
     wrap = lambda source, entry: Precomputed(source, config.data.precomputed, entry, facts)
   sources = open_sources(config.data.sources, config.data.dir, wrap)
+  for task, source, weight in [(task, *pair) for task, pairs in sources.items() for pair in pairs]:
+    unused = "" if task in spec.pattern and weight else ", unused: " + ("not in data.pattern" if weight else "its weight is 0")
+    if distributed.is_main():
+      print(f"data: {source.name}, {len(source)} samples to {task}{unused}", flush=True)
   return MicroBatches(spec, sources, tokenizer, sharding.local_rows(mesh, spec.batch_size), _agree)
 
 

@@ -23,6 +23,7 @@ def shards(tmp_path):
     ("one/a-{08..10}.tar", "a-08 a-09 a-10"),
     ("{two,one}/*.tar", "b a-08 a-09 a-10"),
     ("*/a-?[89].tar", "a-08 a-09"),
+    ("**/*.tar", "a-08 a-09 a-10 b"),
   ],
 )
 def test_folders_globs_and_braces(shards, pattern, names):

@@ -36,8 +36,19 @@ def test_a_folder_of_images(folder):
   with pytest.raises(UserError, match=r"no such file or folder: .*nowhere"):
     sources.ImageFolder(folder / "nowhere")
   (folder / "empty").mkdir()
-  with pytest.raises(UserError, match="no images in"):
+  with pytest.raises(UserError, match=r"no images in .*unless you write folder:.*empty/\*\*"):
     sources.ImageFolder(folder / "empty")
+  with pytest.raises(UserError, match=r"a\.png is no folder"):
+    sources.ImageFolder(folder / "a.png")
+
+
+def test_several_folders_of_images(folder):
+  (folder / "deep" / "er").mkdir(parents=True)
+  for name in ("a.png", "a.txt"):
+    (folder / "deep" / "er" / name).write_bytes((folder / name.replace("a", "d")).read_bytes())
+  both = sources.ImageFolder(f"{folder}/{{.,deep/er}}")
+  assert [both[i].texts[0] for i in range(len(both))] == ["a red a", "a red b", "a red c", "a red d", "a red d"]
+  assert len(sources.ImageFolder(f"{folder}/**")) == 5 and len(sources.ImageFolder(f"{folder}/deep/*")) == 1
 
 
 def test_broken_samples_are_replaced_by_the_next_and_listed(folder):
