@@ -212,6 +212,12 @@ def keep_sharded(grads):
   return map_paths(keep, grads)
 
 
+def splits_parameters() -> bool:
+  """Whether `on_mesh` says a mesh on which a device holds a share of most parameters."""
+  mesh = _traced_mesh()
+  return mesh is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
+
+
 def _traced_mesh():
   mesh = jax.sharding.get_abstract_mesh()
   return mesh if set(AXES) <= set(mesh.shape) else None
