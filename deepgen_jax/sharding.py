@@ -190,6 +190,17 @@ def on_mesh(mesh: Mesh, fn: Callable) -> Callable:
   return traced
 
 
+def compiler_options(mesh: Mesh) -> dict | None:
+  """What jax.jit tells the compiler of programs on this mesh.
+
+  On TPU: gather a kernel, then multiply once. Left to itself the compiler multiplies by a shard at a time while the next one
+  travels, and adds up whole activations in memory for each.
+  """
+  if mesh.devices.flat[0].platform != "tpu":
+    return None
+  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 def keep_dealt(tree):
   """Activations [B, ...] stay dealt by samples, and whole otherwise, where `on_mesh` says on what (a tree of them).
 
@@ -210,6 +221,12 @@ def keep_sharded(grads):
     return grads
   keep = lambda path, g: jax.lax.with_sharding_constraint(g, partition_spec(path, g.shape, mesh))
   return map_paths(keep, grads)
+
+
+def splits_parameters() -> bool:
+  """Whether `on_mesh` says a mesh on which a device holds a share of most parameters."""
+  mesh = _traced_mesh()
+  return mesh is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
 def _traced_mesh():

@@ -8,7 +8,16 @@ from deepgen_jax.errors import UserError
 
 @pytest.mark.parametrize(
   "spec",
-  ["align.py:tiny", "align.py:full", "sft.py:tiny", "sft.py:full", "pretrain_tiny.py:dit", "grpo.py:tiny", "grpo.py:full_lora"],
+  [
+    "align.py:tiny",
+    "align.py:full",
+    "sft.py:tiny",
+    "sft.py:full",
+    "sft.py:full_lora",
+    "pretrain_tiny.py:dit",
+    "grpo.py:tiny",
+    "grpo.py:full_lora",
+  ],
 )
 def test_shipped_configs_load(spec):
   config = load_config(f"configs/{spec}")

@@ -1,8 +1,9 @@
 """Qwen2.5-VL text decoder: GQA, q/k/v biases, M-RoPE, SwiGLU.
 
-Layers live in stacked segments that end where SCB reads a hidden state, so no other hidden state is kept. What no reader needs
-(the layers after the last read, the final norm, an untied head) sits in its own leaves and may be absent from the tree
-when only hidden states are asked for.
+Layers live in stacked segments that end where SCB reads a hidden state, so no other hidden state is kept. Where a mesh splits
+parameters, one loop runs all segments, at the price of a copy of a device's share of them: its body is compiled once. What no
+reader needs (the layers after the last read, the final norm, an untied head) sits in its own leaves and may be absent from
+the tree when only hidden states are asked for.
 
 The sequence may come as several *streams* that follow each other, e.g. (prompt, think tokens): a later stream sees the earlier
 ones, never the other way round. With the prompt as its own stream no gradient flows through it when only think tokens
@@ -20,8 +21,8 @@ import numpy as np
 from jax import Array
 
 from deepgen_jax.models.config import TextConfig
-from deepgen_jax.models.layers import Linear, RMSNorm, attention, embed, merge_heads, split_heads, stack
-from deepgen_jax.sharding import keep_dealt
+from deepgen_jax.models.layers import REMAT, Linear, RMSNorm, attention, embed, merge_heads, split_heads, stack
+from deepgen_jax.sharding import keep_dealt, splits_parameters
 
 _INIT = nn.initializers.normal(0.02)
 
@@ -139,8 +140,38 @@ class TextDecoder(nn.Module):
 
   def _run(self, streams, positions, segments, count):
     tables = tuple(mrope(p, self.config) for p in positions)
+    ends = [*sorted(self.read_layers), self.config.num_layers][:count]
+    if self._one_loop(count):
+      stacks = [segment.variables["params"] for segment in self.segments[:count]]
+      return self._joined(stacks, ends, streams, tables, segments)
     states = {}
-    for segment, layer in zip(self.segments[:count], [*sorted(self.read_layers), self.config.num_layers]):
+    for segment, layer in zip(self.segments[:count], ends):
       streams, _ = segment(streams, tables, segments)
       states[layer] = jnp.concatenate(streams, axis=1)
     return states, streams
+
+  def _one_loop(self, count):
+    if self.unroll or self.is_initializing() or count < 2 or not splits_parameters():
+      return False
+    kinds = {jax.tree.structure(segment.variables["params"]) for segment in self.segments[:count]}
+    return len(kinds) == 1  # LoRA may be on some segments alone
+
+  def _joined(self, stacks, ends, streams, tables, segments):
+    """The segments as one loop, whose layers write their result where their segment's belongs: its last one's stays."""
+    params = jax.tree.map(lambda *parts: jnp.concatenate(parts), *stacks)
+    slots = jnp.asarray(np.repeat(np.arange(len(ends)), np.diff([0, *ends])), jnp.int32)
+    layer = DecoderLayer(self.config, attention=self.attention, parent=None)
+    run = lambda params, streams: layer.apply({"params": params}, streams, tables, segments)[0]
+    if REMAT[self.remat] is not None:
+      run = jax.checkpoint(run, prevent_cse=False, policy=REMAT[self.remat])
+
+    def step(carry, inputs):
+      streams, states = carry
+      params, slot = inputs
+      streams = run(params, streams)
+      write = lambda state, x: jax.lax.dynamic_update_index_in_dim(state, x, slot, 0)
+      return (streams, jax.tree.map(write, states, streams)), None
+
+    states = tuple(jnp.zeros((len(ends), *x.shape), x.dtype) for x in streams)
+    (streams, states), _ = jax.lax.scan(step, (streams, states), (params, slots))
+    return {end: jnp.concatenate([state[i] for state in states], axis=1) for i, end in enumerate(ends)}, streams

@@ -1,5 +1,7 @@
 """The text decoder, alone and with images in its prompts, against transformers' Qwen2.5-VL."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from deepgen_jax import sharding  # noqa: E402
 from deepgen_jax.data.prompts import Prompt, collate  # noqa: E402
 from deepgen_jax.models.config import TextConfig, VisionConfig  # noqa: E402
 from deepgen_jax.models.text import TextDecoder  # noqa: E402
@@ -100,7 +103,7 @@ def batch():
   return ids, mask, jnp.asarray(positions), think
 
 
-def states(text_params, ids, mask, positions, think, features=NO_FEATURES, index=NO_INDEX, dtype=jnp.float32):
+def states(text_params, ids, mask, positions, think, features=NO_FEATURES, index=NO_INDEX, dtype=jnp.float32, decoder=DECODER):
   """Hidden states, the prompt and the think tokens as two streams: [reads][B, slots + think, C]."""
 
   def run(decoder):
@@ -109,7 +112,7 @@ def states(text_params, ids, mask, positions, think, features=NO_FEATURES, index
     segments = (mask.astype(int), jnp.ones(t.shape[:2], int))
     return decoder.hidden_states((x, t), (positions[..., :SLOTS], positions[..., SLOTS:]), segments)
 
-  return DECODER.apply({"params": text_params}, method=run)
+  return decoder.apply({"params": text_params}, method=run)
 
 
 jit_states = jax.jit(states, static_argnames="dtype")
@@ -179,6 +182,18 @@ def test_gradients(model, params, batch):
   by_params, by_think = jax.jit(jax.grad(loss, argnums=(0, 1)))(params["text"], think)
   oracle.assert_gradients_close(by_params, oracle.torch_gradients(model, TABLE, params)["text"])
   oracle.assert_close(by_think, theirs.grad, oracle.GRADIENT)
+
+
+def test_one_loop_where_parameters_are_split(params, batch):
+  """Hidden states and gradients are those of a loop for each segment."""
+  decoder = dataclasses.replace(DECODER, remat="full")
+  alone = lambda *args: states(*args, decoder=decoder)
+  split = sharding.on_mesh(sharding.make_mesh({"data": 1, "fsdp": 2}, jax.devices()[:2]), alone)
+  loss = lambda run: lambda params, think: sum(jnp.sin(x).sum() for x in run(params, *batch[:3], think))
+  loops = lambda run: str(jax.make_jaxpr(run)(params["text"], *batch)).count(" scan[")
+  assert (loops(alone), loops(split)) == (2, 1)
+  theirs, ours = (jax.jit(jax.value_and_grad(loss(run), argnums=(0, 1)))(params["text"], batch[3]) for run in (alone, split))
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max()), ours, theirs)
 
 
 def test_logits(model, params, batch):
