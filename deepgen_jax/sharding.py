@@ -190,17 +190,6 @@ def on_mesh(mesh: Mesh, fn: Callable) -> Callable:
   return traced
 
 
-def compiler_options(mesh: Mesh) -> dict | None:
-  """What jax.jit tells the compiler of programs on this mesh.
-
-  On TPU: gather a kernel, then multiply once. Left to itself the compiler multiplies by a shard at a time while the next one
-  travels, and adds up whole activations in memory for each.
-  """
-  if mesh.devices.flat[0].platform != "tpu":
-    return None
-  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
-
-
 def keep_dealt(tree):
   """Activations [B, ...] stay dealt by samples, and whole otherwise, where `on_mesh` says on what (a tree of them).
 

@@ -56,11 +56,7 @@ def test_a_small_model_is_estimated(monkeypatch, capsys):
 
 
 def test_a_full_size_block_compiles_with_its_kernels():
-  """One block of the DiT, forward and backward, in bfloat16 with splash attention, sharded over four chips.
-
-  A kernel is gathered and multiplied once: to multiply by one shard after the other, while they go round, adds up whole
-  activations in memory.
-  """
+  """One block of the DiT, forward and backward, in bfloat16 with splash attention, sharded over four chips."""
   full = SIZES["full"]
   block = dataclasses.replace(full, dit=dataclasses.replace(full.dit, num_layers=1, dual_attention_layers=(0,)))
   model = DeepGen(block, jnp.bfloat16, remat="dots", attention="splash")
@@ -73,12 +69,11 @@ def test_a_full_size_block_compiles_with_its_kernels():
     prepared = model.prepare({"dit": dit}, cond, target, None)
     return jnp.square(model.velocity({"dit": dit}, noise, jnp.ones(len(noise)), prepared)).mean()
 
-  gradient = jax.jit(sharding.on_mesh(mesh, jax.grad(loss)), compiler_options=sharding.compiler_options(mesh))
+  gradient = jax.jit(sharding.on_mesh(mesh, jax.grad(loss)))
   program = compile_program(gradient.lower(params["dit"], noise, cond, target), chip)
   assert 0 < program.kernel_seconds < program.seconds < 1 and 0 < program.temporary < chip.hbm
   kernels = [name for _, name, _ in program.cost.kernels]
   assert any("dkv" in name for name in kernels) and any("dq" in name for name in kernels)
-  assert program.cost.collectives["all-gather"] > 10 * program.cost.collectives.get("collective-permute", 0.0)
 
 
 REINFORCE = [

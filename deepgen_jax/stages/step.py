@@ -218,5 +218,4 @@ def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
     dtype=stage.dtype,
   )
   step = sharding.on_mesh(mesh, step)
-  outs = (shardings, sharding.replicated(mesh))
-  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=outs, compiler_options=sharding.compiler_options(mesh))
+  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
