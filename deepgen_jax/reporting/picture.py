@@ -112,12 +112,15 @@ def _score_bars(panel: Axes, stages: Sequence[Stage]) -> None:
     places = np.arange(len(keys)) + (i - (len(stages) - 1) / 2) * width
     bars = panel.bar(places, shares, width * 0.92, color=stage_colour(stage.name, stages), label=stage.name)
     panel.bar_label(bars, fmt="%.0f", fontsize=8, color=FAINT, padding=1)
-  panel.set_xticks(range(len(keys)), [SCORES[key][0] for key in keys])
+  panel.set_xticks(range(len(keys)), [SCORES[key][0].replace(" ", "\n") for key in keys])
   panel.set_ylim(0, 108)
   panel.yaxis.set_major_formatter(ticker.PercentFormatter(decimals=0))
-  losses = ",  ".join(f"{stage.name} {score_text('heldout_loss', stage.scores['heldout_loss'])}" for stage in stages)
+  told = [
+    (SCORES[key][0], " \u2192 ".join(score_text(key, stage.scores[key]) for stage in stages if key in stage.scores))
+    for key in ("heldout_loss", "reward")
+  ]
   panel.set_title("Held-out retrieval", loc="left", fontweight="bold", fontsize=10)
-  panel.set_xlabel(f"held-out loss:  {losses}")
+  panel.set_xlabel("\n".join(f"{label}: {values}" for label, values in told if values), fontsize=8)
   panel.legend(frameon=False, fontsize=8, labelcolor=FAINT, loc="upper left")
   _plain(panel)
 
