@@ -150,6 +150,9 @@ def test_two_processes_are_one_run(options, tmp_path):
 REINFORCE = {
   "grpo.objective": "flow_grpo",
   "grpo.sampler": "cps",
+  "grpo.shared_noise": True,
+  "grpo.ratio_clip": "(1e-3, 1e-3)",
+  "grpo.kl_weight": 1e-5,
   "unroll": "false",
   "log.every": 1,
   "checkpoint.every": 3,

@@ -31,6 +31,7 @@ MESHES = {
   "data x fsdp": {"data": 2, "fsdp": 4},
   "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
 }
+REINFORCE = {"objective": "flow_grpo", "sampler": "cps", "shared_noise": True, "ratio_clip": (1e-3, 1e-3), "kl_weight": 0.0}
 # What XLA gathers whole on a mesh all the same: known, and not wanted.
 GATHERED = {"data x fsdp x tensor": {"vlm/text/segments_1/down/kernel"}}
 # Small, with every kind of layer: one and two stacked ones that SCB reads in the VLM, two in SCB, two kinds in the DiT.
@@ -75,7 +76,7 @@ def make_step(stage: str, mesh):
   """-> (compiled step, state, frozen, rng): an update is two micro-batches."""
   config = {"align": align, "sft": sft, "grpo": grpo}[stage].get_config("tiny")
   if stage == "grpo":
-    config.grpo.kl_weight = 0.0
+    config.grpo.update(REINFORCE)
   params = small.draw_params(CONFIG)
   if stage == "grpo":
     params = reinforcement.complete(config, MODEL, {part: params[part] for part in ("dit", "vae")})
@@ -192,7 +193,7 @@ def reinforce(mesh) -> tuple[dict, dict, list]:
   -> (what came of them, gradients, losses).
   """
   config, rng = grpo.get_config("tiny"), np.random.default_rng(2)
-  config.grpo.update({"prompts": 2, "group_size": 4, "steps": 3, "window": 2, "size": (32, 32)})
+  config.grpo.update(REINFORCE | {"prompts": 2, "group_size": 4, "steps": 3, "window": 2, "size": (32, 32)})
   g, mask = config.grpo, np.arange(6) < 5
   draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
   cond = Conditioning(draw(2, 16), draw(2, 6, 24), np.stack([mask, mask]))
