@@ -44,7 +44,7 @@ def overview(stages: Sequence[Stage], runs: Sequence[Run]) -> bytes:
     columns = [("source", stages[0].samples["source"]), ("true", stages[0].samples["edit_true"])]
     columns += [(s.name, s.samples["edited"]) for s in stages]
     _grid(right, "Held-out edits", stages[0].samples["instructions"], columns)
-    return _save(figure, "png")
+    return save(figure, "png")
 
 
 def loss_curves(runs: Sequence[Run], stages: Sequence[Stage]) -> bytes:
@@ -54,7 +54,7 @@ def loss_curves(runs: Sequence[Run], stages: Sequence[Stage]) -> bytes:
   with matplotlib.rc_context(STYLE | {"svg.hashsalt": "report"}):
     figure = Figure(figsize=(5.2 * len(runs), 3), facecolor="white", layout="constrained")
     _loss_panels(figure.subplots(1, len(runs), squeeze=False)[0], runs, stages)
-    return _save(figure, "svg")
+    return save(figure, "svg")
 
 
 def stage_colour(name: str, stages: Sequence[Stage]) -> str:
@@ -63,7 +63,8 @@ def stage_colour(name: str, stages: Sequence[Stage]) -> str:
   return COLOURS[names.index(name) % len(COLOURS)] if name in names else INK
 
 
-def _save(figure: Figure, kind: str) -> bytes:
+def save(figure: Figure, kind: str) -> bytes:
+  """A figure as a file of this kind, "png" or "svg"."""
   file = io.BytesIO()
   figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)
   return file.getvalue()
@@ -86,7 +87,7 @@ def _loss_panels(panels: Sequence[Axes], runs: Sequence[Run], stages: Sequence[S
       panel.set_title(f"{run.name}: reward", loc="left", fontweight="bold", fontsize=10)
       panel.set_xlabel("update")
       panel.legend(frameon=False, fontsize=8, labelcolor=FAINT)
-      _plain(panel)
+      plain(panel)
       continue
     if "loss" in run.losses:
       panel.plot(*run.losses["loss"].T, color=colour, alpha=0.35, linewidth=1, label="training")
@@ -101,7 +102,7 @@ def _loss_panels(panels: Sequence[Axes], runs: Sequence[Run], stages: Sequence[S
       low, high = np.quantile(values, (0, 0.99))  # the first updates of a fresh model would flatten everything else
       panel.set_ylim(low - 0.05 * (high - low) - 1e-6, high + 0.08 * (high - low) + 1e-6)
     panel.legend(frameon=False, fontsize=8, labelcolor=FAINT)
-    _plain(panel)
+    plain(panel)
 
 
 def _score_bars(panel: Axes, stages: Sequence[Stage]) -> None:
@@ -122,10 +123,11 @@ def _score_bars(panel: Axes, stages: Sequence[Stage]) -> None:
   panel.set_title("Held-out retrieval", loc="left", fontweight="bold", fontsize=10)
   panel.set_xlabel("\n".join(f"{label}: {values}" for label, values in told if values), fontsize=8)
   panel.legend(frameon=False, fontsize=8, labelcolor=FAINT, loc="upper left")
-  _plain(panel)
+  plain(panel)
 
 
-def _plain(panel: Axes) -> None:
+def plain(panel: Axes) -> None:
+  """Leaves a panel two thin axes and faint lines."""
   panel.spines[["top", "right"]].set_visible(False)
   panel.spines[["left", "bottom"]].set_color("#c9d0d6")
   panel.grid(axis="y", color="#e8ecef", linewidth=0.8)

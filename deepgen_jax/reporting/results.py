@@ -74,22 +74,30 @@ def read_stage(name: str, folder: str) -> Stage:
   return Stage(name, scores | {"stage": name}, samples)
 
 
-def read_run(name: str, workdir: str) -> Run:
-  """Reads the losses in a workdir's metrics.jsonl. Raises UserError if there are none."""
+def read_metrics(name: str, workdir: str) -> list[dict[str, Any]]:
+  """The rows of a workdir's metrics.jsonl, in the order of its updates. Raises UserError."""
   path = epath.Path(workdir) / "metrics.jsonl"
   if not path.exists():
     raise UserError(f"run {name}: {path} not found; is {workdir!r} the --workdir of a training?")
-  series: dict[str, list] = {}
+  rows = []
   for number, line in enumerate(path.read_text().splitlines(), 1):
     try:
-      row = json.loads(line)
-      for key, value in row.items():
-        if curve := _series(key):
-          series.setdefault(curve, []).append((row["step"], value))
-    except (ValueError, KeyError, AttributeError):
+      rows.append(json.loads(line))
+      rows[-1]["step"] = int(rows[-1]["step"])
+    except (ValueError, KeyError, TypeError):
       raise UserError(f"run {name}: {path} line {number} is no row of metrics; resuming the run mends it") from None
+  return rows
+
+
+def read_run(name: str, workdir: str) -> Run:
+  """Reads the losses in a workdir's metrics.jsonl. Raises UserError if there are none."""
+  series: dict[str, list] = {}
+  for row in read_metrics(name, workdir):
+    for key, value in row.items():
+      if curve := _series(key):
+        series.setdefault(curve, []).append((row["step"], value))
   if not series:
-    raise UserError(f"run {name}: {path} holds no loss yet; let the run make some updates")
+    raise UserError(f"run {name}: {workdir} holds no loss yet; let the run make some updates")
   kept = [key for key in series if key.endswith("reward")] or list(series)
   return Run(name, {key: np.array(series[key], np.float64) for key in kept})
 
