@@ -12,11 +12,15 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from deepgen_jax.models.lora import LoraKernel, lora_delta, lora_embedding
 from deepgen_jax.models.splash import SAVED, splash_attention
 
+CHUNK = 2048  # query rows whose scores are in memory at a time
+_PRODUCT = jax.lax.dot_general
+_MASKED = float(0.7 * np.finfo(np.float32).min)
 BACKENDS = ("xla", "splash", "splash_interpret")
 
 # What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
@@ -32,7 +36,7 @@ REMAT = {
 def linear(x: Array, kernel: Array | LoraKernel, bias: Array | None = None) -> Array:
   """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of x. A LoraKernel adds scale * (drop(x) a) b."""
   base = kernel.kernel if isinstance(kernel, LoraKernel) else kernel
-  y = x @ base.astype(x.dtype)
+  y = (x.reshape(-1, x.shape[-1]) @ base.astype(x.dtype)).reshape(*x.shape[:-1], -1)  # 2-D: on CPU a third faster to train
   if isinstance(kernel, LoraKernel):
     y = y + lora_delta(x, kernel)
   return y if bias is None else y + bias.astype(x.dtype)
@@ -72,7 +76,34 @@ def attention(
     rows = jnp.arange(q.shape[1])[:, None] + causal_offset
     causal = (jnp.arange(k.shape[1])[None, :] <= rows)[None]
     mask = causal if mask is None else mask & causal
-  return jax.nn.dot_product_attention(q, k, v, mask=None if mask is None else mask[:, None], implementation="xla")
+  return _attention(q, k, v, mask)
+
+
+def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+  """Products of plain matrices, [rows,D] x [D,S] for every head: on CPU several times faster than what the compiler makes of
+  jax.nn.dot_product_attention. Queries past CHUNK go in chunks, whose scores the backward pass computes again.
+  """
+  batch, rows, heads, size = q.shape
+  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,D]
+  q = q.reshape(batch, rows, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)  # [B,K,G,T,D]: G queries share a key
+
+  def attend(q, k, v, mask):
+    grouped = (q * size**-0.5).reshape(*q.shape[:2], -1, size)
+    scores = _PRODUCT(grouped, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    if mask is not None:
+      scores = scores.reshape(*q.shape[:4], -1)
+      scores = jnp.where(mask[:, None, None], scores, _MASKED).reshape(*grouped.shape[:3], -1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return _PRODUCT(weights, v, (((3,), (2,)), ((0, 1), (0, 1)))).reshape(q.shape)
+
+  if rows > CHUNK:
+    part = jax.checkpoint(attend)
+    cut = lambda x, i: x[..., i : i + CHUNK, :]
+    parts = [part(cut(q, i), k, v, None if mask is None else cut(mask, i)) for i in range(0, rows, CHUNK)]
+    out = jnp.concatenate(parts, axis=3)
+  else:
+    out = attend(q, k, v, mask)
+  return out.transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)
 
 
 def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, eps: float = 1e-6) -> Array:
