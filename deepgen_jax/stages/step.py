@@ -218,4 +218,6 @@ def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
     dtype=stage.dtype,
   )
   step = sharding.on_mesh(mesh, step)
-  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=(shardings, sharding.replicated(mesh)))
+  out = (shardings, sharding.replicated(mesh))
+  options = sharding.compiler_options(mesh)
+  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
