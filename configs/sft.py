@@ -42,8 +42,8 @@ def get_config(size: str = "tiny"):
     c.optim.lr, c.optim.warmup, c.optim.lr_groups = 1.5e-3, 0.05, LR_GROUPS
     c.optim.ema = 0.98
     c.timesteps.weighting, c.timesteps.logit_mean = "logit_normal", 1.0
-    c.steps = 130
-    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 65, 2, 65
+    c.steps = 150
+    c.checkpoint.every, c.checkpoint.keep, c.eval.every = 75, 2, 75
   if lora:
     c.trainable = [(r"dit/.*/(a|b)", True), (".*", False)]
     c.lora.targets, c.lora.rank, c.lora.alpha, c.lora.dropout = DIT_LORA_TARGETS, 32, 64.0, 0.0

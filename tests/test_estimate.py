@@ -91,6 +91,7 @@ REINFORCE = [
   "--config.grpo.train_steps=2",
   "--config.grpo.sft_weight=0.1",
   "--config.grpo.sft_every=2",
+  "--config.data.pattern=generate",
 ]
 
 
@@ -127,6 +128,9 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   assert kept < plan.parts["policy"].beside < 2 * kept
   without = plans.make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50)
   assert {name: part.runs for name, part in without.parts.items()} == {"rollout": 2, "take": 1, "policy": 2}
+  monkeypatch.setattr(plans, "sample_flops", lambda *_: four | {"edit": 0.0, "features": 0.0})
+  in_turn = plans.make_plan(configure("data.pattern=generate,edit"), mesh, 50)
+  assert in_turn.parts["generate"].runs == in_turn.parts["edit"].runs == 0.25
 
 
 def test_precomputed_images_are_not_encoded(monkeypatch):

@@ -93,7 +93,7 @@ def make_plan(config, mesh, prompt_tokens: int) -> Plan:
     return Plan(resident, learned(1.0), len(tasks) * size, supervised_flops)
 
   g = config.grpo
-  share = 1 / g.sft_every if g.sft_weight else 0.0
+  share = 1 / g.sft_every / len(tasks) if g.sft_weight else 0.0  # the pattern's micro-batches in turn, one an update
   images = g.prompts * g.group_size / g.updates_per_rollout
   parts, beside = _rollout_parts(config, model, mesh, state, frozen, prompt_tokens, train)
   parts |= learned(share, beside) if share else {}
