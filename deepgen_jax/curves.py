@@ -61,7 +61,8 @@ def draw(runs: Mapping[str, Sequence[Mapping]], metrics: Sequence[str], smooth: 
   for metric in metrics:
     if metric not in have:
       raise UserError(f"--metric {metric}: none of the runs has it.{nearest(metric, have)} They have {', '.join(have)}")
-  rows, columns = -(-len(metrics) // COLUMNS), min(COLUMNS, len(metrics))
+  rows = -(-len(metrics) // COLUMNS)
+  columns = -(-len(metrics) // rows)
   with matplotlib.rc_context(STYLE):
     figure = Figure(figsize=(4.6 * columns, 2.9 * rows + 0.4), dpi=110, facecolor="white", layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()

@@ -64,7 +64,7 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   model = make_model(config, sizes)
   dtype = model.dtype
   judging = judging or load_judging(config)
-  supervised = micro_batches(config, sizes, tokenizer, mesh, params) if g.sft_weight else None
+  practice = micro_batches(config, sizes, tokenizer, mesh, params) if g.sft_weight else None
   loaded = [params]  # taken out once: training's own copy shall be the only one
   del params
   encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
@@ -82,22 +82,26 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   def prepare(params, host):
     number, part = divmod(host["update"], g.updates_per_rollout)
     if part == 0:
-      rollouts.run(params, number)
-    share = 1 - g.sft_weight if host["supervised"] else 1.0
+      rollouts.make(params, number)
+    supervised = host["supervised"]
+    if supervised:  # while rewards are on their way
+      supervised = encode_batch(model, params, encoder, supervised, config.data.token_multiple, model.scale)
+    if part == 0:
+      rollouts.judge(params)
+    share = 1 - g.sft_weight if supervised else 1.0
     own = 0
-    for batch in rollouts.micro_batches(part, share, int(host["supervised"] is not None)):
+    for batch in rollouts.micro_batches(part, share, int(supervised is not None)):
       own += 1
       yield batch
-    if host["supervised"]:
-      batch = encode_batch(model, params, encoder, host["supervised"], config.data.token_multiple, model.scale)
-      rows = len(batch["sample_id"])
+    if supervised:
+      rows = len(supervised["sample_id"])
       weight = np.full(rows, g.sft_weight * (own + 1), np.float32)
-      yield batch | {"weight": weight, "micro_batches": np.full(rows, own + 1, np.int32)}
+      yield supervised | {"weight": weight, "micro_batches": np.full(rows, own + 1, np.int32)}
 
   limit = FLOAT32_DIFFERENCE if dtype == jnp.float32 else min(g.ratio_clip) / 4
   return Stage(
     init=lambda: complete(config, model, loaded.pop()),
-    batches=Updates(supervised, g.sft_every),
+    batches=Updates(practice, g.sft_every),
     prepare=prepare,
     evaluate=make_evaluate(g, pipe, judging, rollouts.pixels),
     summarise=lambda rows: summarise(rows, limit),

@@ -219,7 +219,7 @@ def weights_of(settings, rows: int, share: float, own: int, others: int, fresh: 
 
 
 class Rollouts:
-  """`run(params, number)` makes a rollout; then `micro_batches(part)` gives those of its part-th update."""
+  """`make` a rollout, `judge` it; then `micro_batches(part)` gives those of its part-th update."""
 
   def __init__(self, config, pipe, model, mesh, prompts, score, answers: Answers):
     """pipe(params) -> DeepGenPipeline; prompts[i] -> the i-th prompt drawn; score: a `rewards.mixture.Mixture`."""
@@ -231,30 +231,38 @@ class Rollouts:
     self.scalars: dict[str, float] = {}
     self._pieces: list[list[dict]] = []
     self._before: list[list[dict]] = []
+    self._made: tuple | None = None
     self._ended = 0.0
 
-  def run(self, params: Mapping, number: int) -> None:
-    """Rollout `number` with the policy `params` ("old" where that is kept), its rewards and advantages."""
+  def make(self, params: Mapping, number: int) -> None:
+    """Images of rollout `number` with the policy `params` ("old" where that is kept); judges start as soon as they see them."""
     g = self._settings
     jax.block_until_ready(params)  # the update before this has ended
     started = time.monotonic()
     self.scalars = {"seconds_update": started - self._ended} if self._ended else {}
     self._pieces, self._before = [], []  # the last rollout's memory goes back before this one's is taken
     prompts = [self._prompts[number * g.prompts + i] for i in range(g.prompts)]
-    policy = params.get("old", params)
-    count = g.prompts * g.group_size
     draw = np.random.default_rng((self._seed, number))
     self.start = window_start(number, g.steps, self.window, g.window_every, draw)
-    inputs, made = self._make(params, policy, prompts, number)
+    inputs, made = self._make(params, params.get("old", params), prompts, number)
     known, judges = self._answers.read(number), Judges(self._score, g.group_size)
-    batch = g.rollout_batch or count
+    batch = g.rollout_batch or g.prompts * g.group_size
     for place, piece in enumerate(made):  # judges work on these images while the device makes the next ones
       images = np.asarray(piece.images)
       if known is None:
         groups = slice(place * batch // g.group_size, (place + 1) * batch // g.group_size)
         judges.submit(prompts[groups], images, groups.start)
+    self.scalars["seconds_rollout"] = time.monotonic() - started
+    self._made = (number, prompts, inputs, made, draw, known, judges)
+
+  def judge(self, params: Mapping) -> None:
+    """Rewards and advantages of what `make` made, and the micro-batches of its updates."""
+    g, count = self._settings, self._settings.prompts * self._settings.group_size
+    number, prompts, inputs, made, draw, known, judges = self._made
+    self._made = None
     sampled = time.monotonic()
     rewards, weights, names = known or judges.result()
+    self.scalars["seconds_rewards"] = time.monotonic() - sampled  # that something waited for them
     if known is None:
       self._answers.write(number, rewards, weights, names)
     self.scalars |= reward_scalars(rewards, weights, names, np.repeat([p.dataset for p in prompts], g.group_size), g.group_size)
@@ -269,7 +277,6 @@ class Rollouts:
       old = self._programs.old
       self._before = [[old(params, batch) for batch in self._batches(part)] for part in range(g.updates_per_rollout)]
     self._ended = time.monotonic()
-    self.scalars |= {"seconds_rollout": sampled - started, "seconds_rewards": self._ended - sampled}
 
   def micro_batches(self, part: int, share: float, others: int) -> Iterator[dict]:
     """Those of update `part`: together they weigh `share` of it; `others` more micro-batches make up the rest."""
