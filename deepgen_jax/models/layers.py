@@ -19,7 +19,6 @@ from deepgen_jax.models.lora import LoraKernel, lora_delta, lora_embedding
 from deepgen_jax.models.splash import SAVED, splash_attention
 
 CHUNK = 2048  # query rows whose scores are in memory at a time
-_PRODUCT = jax.lax.dot_general
 _MASKED = float(0.7 * np.finfo(np.float32).min)
 BACKENDS = ("xla", "splash", "splash_interpret")
 
@@ -89,12 +88,12 @@ def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
   def attend(q, k, v, mask):
     grouped = (q * size**-0.5).reshape(*q.shape[:2], -1, size)
-    scores = _PRODUCT(grouped, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
+    scores = jax.lax.dot_general(grouped, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
     if mask is not None:
       scores = scores.reshape(*q.shape[:4], -1)
       scores = jnp.where(mask[:, None, None], scores, _MASKED).reshape(*grouped.shape[:3], -1)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _PRODUCT(weights, v, (((3,), (2,)), ((0, 1), (0, 1)))).reshape(q.shape)
+    return jax.lax.dot_general(weights, v, (((3,), (2,)), ((0, 1), (0, 1)))).reshape(q.shape)
 
   if rows > CHUNK:
     part = jax.checkpoint(attend)
