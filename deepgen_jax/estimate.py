@@ -140,7 +140,7 @@ def _compile_seconds(compiled: dict[str, Program]) -> float:
 
 def advice(config, report: dict) -> str:
   """What to do about a step that doesn't fit."""
-  less = {"none": "remat=dots", "dots": "remat=full"}.get(config.remat)
+  less = {"none": "remat=dots", "dots": "remat=attention", "attention": "remat=full"}.get(config.remat)
   tries = [f"--config.{less}"] if less else []
   if config.mesh.fsdp not in (-1, report["chips"]):
     tries.append(f"--config.mesh.data=1 --config.mesh.fsdp={report['chips']}")

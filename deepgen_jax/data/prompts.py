@@ -17,7 +17,7 @@ from deepgen_jax.data.tokens import special_ids
 
 GENERATION = "Generate an image: {}"
 PIXELS_PER_TOKEN = 32  # a vision token stands for 32x32 pixels of a reference: the VLM sees references at 28/32 of their size
-TEXT_BUCKETS = (64, 128, 256, 512, 1024)
+TEXT_BUCKETS = (64, 128, 256, 384, 512, 1024)
 MAX_TOKENS = 1024
 _TOKENIZER_LOCK = threading.Lock()  # Rust tokenizers refuse a second borrower while an option changes
 

@@ -102,6 +102,14 @@ def _visit(computations, name: str, runs: float, cost: Cost, speed: float, first
   """Adds a computation that runs `runs` times. first: it counts towards `once`."""
   started: dict[str, tuple[float, float]] = {}  # collective under way -> (bytes, cycles when it started)
   clock = 0.0
+
+  def moves(kind: str, size: float) -> None:
+    cost.collectives[kind] = cost.collectives.get(kind, 0.0) + runs * size
+
+  def finish(key: str) -> None:
+    size, since = started.pop(key)
+    cost.exposed += runs * max(0.0, size - (clock - since) * speed)
+
   for one in computations[name]:
     if one.opcode == "while":
       trips = trip_count(computations[one.attribute("condition")], computations)
@@ -115,14 +123,23 @@ def _visit(computations, name: str, runs: float, cost: Cost, speed: float, first
       _visit(computations, one.attribute("to_apply"), runs, cost, speed, first)
     elif kind := _COLLECTIVE.fullmatch(one.opcode):
       moved = _moved_bytes(kind[1], one)
-      cost.collectives[kind[1]] = cost.collectives.get(kind[1], 0.0) + runs * moved
+      moves(kind[1], moved)
       if kind[2]:
         started[one.name] = (moved, clock)
       else:
         cost.exposed += runs * moved
     elif one.opcode.endswith("-done") and (operand := re.match(r"[^%]*%([\w.\-]+)", one.rest)) and operand[1] in started:
-      moved, since = started.pop(operand[1])
-      cost.exposed += runs * max(0.0, moved - (clock - since) * speed)
+      finish(operand[1])
+    elif one.opcode == "fusion" and (inner := _fused_collective(computations, one)):
+      kind, moved, channel = inner
+      if one.name.startswith("async-collective-start"):
+        moves(kind, moved)
+        started[channel] = (moved, clock)
+      elif one.name.startswith("async-collective-done") and channel in started:
+        finish(channel)
+      elif kind == "reduce-scatter":
+        moves(kind, moved)
+        cost.exposed += runs * moved
     elif one.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in one.rest:
       cost.kernels.append((runs, one.name, _operand_shapes(computations[name], one)))
     cycles = one.cycles
@@ -150,6 +167,22 @@ def _visit_branches(computations, one: Instruction, runs: float, cost: Cost, spe
   return dear.cycles / runs
 
 
+def _fused_collective(computations, one: Instruction) -> tuple[str, float, str] | None:
+  """(kind, bytes, channel) of the collective in a fusion; None without one.
+
+  Some start in one fusion, go on inside others, beside their products, and end in a third, all on one channel. An all-reduce in
+  a fusion of the name leaves each device its shard.
+  """
+  name = re.search(r"\bcalls=%?([\w.\-]+)", one.rest)
+  for inner in computations.get(name[1], ()) if name else ():
+    if kind := _COLLECTIVE.fullmatch(inner.opcode):
+      moved, channel = _moved_bytes(kind[1], inner), re.search(r"channel_id=(\d+)", inner.rest)
+      if name[1].startswith("all-reduce-scatter"):
+        return "reduce-scatter", moved / 2, ""
+      return kind[1], moved, channel[1] if channel else ""
+  return None
+
+
 def _moved_bytes(kind: str, one: Instruction) -> float:
   """Bytes that a device takes in: the larger side of the collective (of a start's tuple), twice for an all-reduce."""
   size = _group_size(one.rest)
@@ -168,7 +201,7 @@ def _group_size(text: str) -> int:
     return len(found[1].split(","))
   if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
     return int(found[1])
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text):
+  if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
     return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
   return 1

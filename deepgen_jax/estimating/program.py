@@ -14,7 +14,7 @@ from deepgen_jax.estimating.hlo import Cost, program_cost
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 # FLOPs of an attention kernel over T x S scores of D channels, in units of T S D: products of two matrices, two each.
-_KERNELS = {"dkv": 8, "dq": 6, "": 4}
+_KERNELS = {"dkv": 10, "": 4}  # the backward kernel, which computes the scores again, and the forward one
 
 
 class OutOfMemory(Exception):

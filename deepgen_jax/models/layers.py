@@ -23,11 +23,12 @@ _MASKED = float(0.7 * np.finfo(np.float32).min)
 BACKENDS = ("xla", "splash", "splash_interpret")
 
 # What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
-# the attention kernel; its input alone.
+# the attention kernel; those of the kernel; its input alone.
 _POLICIES = jax.checkpoint_policies
 REMAT = {
   "none": None,
   "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(SAVED)),
+  "attention": _POLICIES.save_only_these_names(SAVED),
   "full": _POLICIES.nothing_saveable,
 }
 

@@ -13,7 +13,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec
 
 LANES = 128
-BLOCKS = (512, 384, 256, 128)  # the largest that divides a length is taken
+BLOCKS = (512, 384, 256, 128)  # queries, and scores' columns, at a time: the largest that divides a length is taken
+KEYS = 3072  # keys and values in fast memory at most: all of them but for long sequences
 SAVED = "attention"  # name of what remat policies may keep: the output and the softmax's normaliser
 
 
@@ -53,9 +54,17 @@ def splash_attention(
 def _kernel(heads: int, rows: int, columns: int, causal_offset: int | None, interpret: bool):
   shape = (rows, columns)
   mask = splash.FullMask(shape) if causal_offset is None else splash.CausalMask(shape, offset=causal_offset)
-  q, kv = (next(size for size in BLOCKS if length % size == 0) for length in shape)
+  q, part = (next(size for size in BLOCKS if length % size == 0) for length in shape)
+  keys = max(size for size in range(part, min(columns, KEYS) + 1, part) if columns % size == 0)
+  # One kernel makes all gradients. It adds up those of queries over blocks of keys in memory, hence the large blocks.
   blocks = splash.BlockSizes(
-    block_q=q, block_kv=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q, block_kv_dq=kv
+    block_q=q,
+    block_kv=keys,
+    block_kv_compute=part,
+    block_q_dkv=q,
+    block_kv_dkv=keys,
+    block_kv_dkv_compute=part,
+    use_fused_bwd_kernel=True,
   )
   return splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),

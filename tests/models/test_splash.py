@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from deepgen_jax import sharding
+from deepgen_jax.models import splash
 from deepgen_jax.models.layers import attention
 
 HEADS, SIZE = 2, 16
@@ -35,11 +36,12 @@ def both(arrays, weight, **kwargs):
 
 @pytest.mark.parametrize(
   "rows, columns, kv_heads, offset",
-  [(100, 100, 2, None), (40, 168, 1, 128), (40, 128, 1, 88)],
-  ids=["padded", "causal, grouped", "queries alone padded"],
+  [(100, 100, 2, None), (40, 168, 1, 128), (40, 128, 1, 88), (100, 640, 2, None)],
+  ids=["padded", "causal, grouped", "queries alone padded", "several blocks of keys"],
 )
-def test_splash_equals_xla(rows, columns, kv_heads, offset):
+def test_splash_equals_xla(rows, columns, kv_heads, offset, monkeypatch):
   """Real rows and all gradients; tolerance: another order of float32 sums."""
+  monkeypatch.setattr(splash, "KEYS", 384)
   arrays, segments = draw(rows, columns, kv_heads)
   kv = segments(columns, [columns, columns - 7])
   queries = kv[:, columns - rows :] if offset else kv[:, :rows]
