@@ -20,7 +20,7 @@ LR_GROUPS = [("scb/projector/.*", 0.2), ("scb/.*_head/.*", 0.5), ("scb/.*", 1.0)
 def get_config(size: str = "tiny"):
   c = common.get_config(size)
   c.trainable = [("scb/.*", True), (".*", False)]
-  c.data.pattern = ("edit", "generate", "generate", "generate")  # E,G,G,G in every update
+  c.data.pattern = ("edit", "generate", "generate", "generate") * (1 if size == "tiny" else 4)  # E,G,G,G in every update
   c.optim.lr = 1e-4
   c.steps = 50_000
   c.checkpoint.every, c.checkpoint.keep = 10_000, 5

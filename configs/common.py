@@ -16,8 +16,9 @@ def get_config(size: str = "tiny") -> ConfigDict:
   c.steps = 1000  # updates
   c.trainable = [(".*", True)]  # path regex -> trains; first match wins, no match is an error
   c.dtype = "auto"  # compute dtype: bfloat16 on TPU and GPU, float32 on CPU
-  # what blocks keep for the backward pass: "none" (all of it), "dots", "attention" (the kernel's results) or "full"
-  c.remat = "none" if tiny else "dots"
+  # what blocks keep for the backward pass: "none" (all of it), "dots", "attention" (the kernel's results) or "full" (nothing);
+  # "auto": by the memory of the devices
+  c.remat = "none" if tiny else "auto"
   c.attention = "auto"  # "splash" (TPU) or "xla"
   c.unroll = tiny  # write scans over layers out: faster on CPU, slow to compile at full size
   c.max_programs = 16  # compiled train steps: tasks x reference counts x text buckets
@@ -42,7 +43,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
       "dir": "runs/data",  # where the embedded emoji set is built
       # KIND:PATH or a dict of uri, weight (counts among the sources of a task) and options: see deepgen_jax/data/mixture.py
       "sources": ({"uri": "emoji", "weight": 0.9}, {"uri": "words", "weight": 0.1}, "emoji-edits"),
-      "batch_size": 8 if tiny else 256,  # samples of a micro-batch, all devices together
+      "batch_size": 8 if tiny else 64,  # samples of a micro-batch, all devices together
       "pattern": ("generate",),  # tasks of the micro-batches of one update
       "text_buckets": (116, 256) if tiny else (64, 128, 256, 384, 512, 1024),  # tiny: every emoji prompt fits the first
       "caption_dropout": 0.1,

@@ -32,7 +32,7 @@ def get_config(size: str = "tiny"):
   c = common.get_config(size)
   c.trainable = [(r"vlm/.*/(a|b)", True), ("(vlm|vae)/.*", False), ("(scb|dit)/.*", True)]
   c.lora.targets = LORA_TARGETS
-  c.data.pattern = ("edit", "generate", "generate")  # E,G,G in every update
+  c.data.pattern = ("edit", "generate", "generate") * (1 if size == "tiny" else 4)  # E,G,G in every update
   c.optim.lr = 5e-5
   c.steps = 133_333
   c.checkpoint.every, c.checkpoint.keep = 13_333, 5
@@ -48,7 +48,7 @@ def get_config(size: str = "tiny"):
     c.trainable = [(r"dit/.*/(a|b)", True), (".*", False)]
     c.lora.targets, c.lora.rank, c.lora.alpha, c.lora.dropout = DIT_LORA_TARGETS, 32, 64.0, 0.0
     c.remat = "full"
-    c.data.batch_size = 2
+    c.data.batch_size, c.data.pattern = 2, ("edit", "generate", "generate")
     c.optim.lr, c.optim.lr_groups, c.steps = 1e-4, [], 2000
     c.checkpoint.every, c.checkpoint.keep = 500, 2
   return c

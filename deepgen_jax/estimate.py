@@ -65,10 +65,10 @@ def estimate(config, name: str, prompt_tokens: int = 100, steps: int = 50) -> di
     raise UserError(f"config.data.batch_size {config.data.batch_size} must be a multiple of the {shares} devices that share it")
   if config.stage == "grpo":
     grpo.check(config, shares)
-  plan = make_plan(config, mesh, prompt_tokens)
+  plan = make_plan(config, mesh, prompt_tokens, chip.hbm)
   resident = sum(plan.resident.values())
   report = {"topology": name, "chips": len(devices), "hbm_gib": chip.hbm / GIB, "fits": True}
-  report |= {f"{key}_gib": value / GIB for key, value in plan.resident.items()}
+  report |= {f"{key}_gib": value / GIB for key, value in plan.resident.items()} | {"remat": plan.remat}
   report |= dict.fromkeys(("activations_gib", "peak_gib", "step_s", "step_s_slow", "mfu", "images_per_s", "model_tflops"))
   compiled: dict[str, Program] = {}
   try:
@@ -115,7 +115,7 @@ def _speed(plan: Plan, compiled: dict[str, Program], chip: Chip, chips: int) -> 
 def sampler(config, chip: Chip, devices, prompt_tokens: int, steps: int) -> dict:
   """The sampler with guidance, one image a chip, parameters whole on each: serving is data-parallel where the model fits."""
   mesh = sharding.make_mesh({"data": -1}, devices)
-  model = supervised.make_model(config, SIZES[config.size], platform="tpu")
+  model = supervised.make_model(config, SIZES[config.size], "tpu", chip.hbm)
   arguments, options = sampler_inputs(model, mesh, len(devices), prompt_tokens, steps)
   resident = bytes_per_device(arguments)
   report = {"steps": steps, "batch": len(devices), "fits": False}
@@ -140,7 +140,7 @@ def _compile_seconds(compiled: dict[str, Program]) -> float:
 
 def advice(config, report: dict) -> str:
   """What to do about a step that doesn't fit."""
-  less = {"none": "remat=dots", "dots": "remat=attention", "attention": "remat=full"}.get(config.remat)
+  less = {"none": "remat=dots", "dots": "remat=attention", "attention": "remat=full"}.get(report["remat"])
   tries = [f"--config.{less}"] if less else []
   if config.mesh.fsdp not in (-1, report["chips"]):
     tries.append(f"--config.mesh.data=1 --config.mesh.fsdp={report['chips']}")
@@ -161,6 +161,7 @@ def show(config, report: dict) -> None:
   line = lambda name, value: print(f"  {name:<28}{value}")
   print(f"{report['topology']}, {report['chips']} chips, {report['hbm_gib']:.2f} GiB each")
   line("fits", "yes" if report["fits"] else "no")
+  line("remat", report["remat"])
   for name in ("parameters", "optimizer", "activations", "peak"):
     if (value := report[f"{name}_gib"]) is not None:
       line(f"{name}, GiB a chip", f"{value:.2f}")

@@ -59,7 +59,7 @@ def test_a_full_size_block_compiles_with_its_kernels():
   """One block of the DiT, forward and backward, in bfloat16 with splash attention, sharded over four chips."""
   full = SIZES["full"]
   block = dataclasses.replace(full, dit=dataclasses.replace(full.dit, num_layers=1, dual_attention_layers=(0,)))
-  model = DeepGen(block, jnp.bfloat16, remat="dots", attention="splash")
+  model = DeepGen(block, jnp.bfloat16, remat="attention", attention="splash")
   chip, devices = topology("v5p:2x2x1")
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, devices)
   (params, noise, cond, target, *_), _ = sampler_inputs(model, mesh, 4, 100, 1)
@@ -73,7 +73,8 @@ def test_a_full_size_block_compiles_with_its_kernels():
   program = compile_program(gradient.lower(params["dit"], noise, cond, target), chip)
   assert 0 < program.kernel_seconds < program.seconds < 1 and 0 < program.temporary < chip.hbm
   kernels = [name for _, name, _ in program.cost.kernels]
-  assert any("dkv" in name for name in kernels) and any("fwd" in name for name in kernels)
+  forward, backward = (sum(part in name for name in kernels) for part in ("fwd", "dkv"))
+  assert forward == backward > 0  # what the forward kernels gave is kept: none runs again
 
 
 REINFORCE = [
@@ -118,7 +119,7 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   assert 3 * forward < four["policy"] == two["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference
 
   monkeypatch.setattr(plans, "sample_flops", lambda *_: four)
-  plan = plans.make_plan(configure(), mesh, 50)
+  plan = plans.make_plan(configure(), mesh, 50, 1e11)
   runs = {name: part.runs for name, part in plan.parts.items()}
   assert runs == {"rollout": 1, "take": 2, "old": 4, "policy": 4, "generate": 0.5, "moments": 0.5} and plan.images == 8
   plan.parts["generate"].lower()  # with the weights that stage 3 adds
@@ -126,10 +127,10 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   assert plan.flops == pytest.approx(learned)
   kept = 16 * (4 * 16 * 64 * 4 + 3 * 4) / 4  # four latents and three log-probabilities of a sample; a device has a quarter
   assert kept < plan.parts["policy"].beside < 2 * kept
-  without = plans.make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50)
+  without = plans.make_plan(configure("grpo.sft_weight=0", "grpo.updates_per_rollout=1", "grpo.micro_batch=0"), mesh, 50, 1e11)
   assert {name: part.runs for name, part in without.parts.items()} == {"rollout": 2, "take": 1, "policy": 2}
   monkeypatch.setattr(plans, "sample_flops", lambda *_: four | {"edit": 0.0, "features": 0.0})
-  in_turn = plans.make_plan(configure("data.pattern=generate,edit"), mesh, 50)
+  in_turn = plans.make_plan(configure("data.pattern=generate,edit"), mesh, 50, 1e11)
   assert in_turn.parts["generate"].runs == in_turn.parts["edit"].runs == 0.25
 
 
@@ -139,7 +140,7 @@ def test_precomputed_images_are_not_encoded(monkeypatch):
   mesh = sharding.make_mesh({"data": 1, "fsdp": 4}, jax.devices()[:4])
   options = [*(option.removeprefix("--config.") for option in SMALL), "data.pattern=edit,generate"]
   plan, spared = (
-    plans.make_plan(load_config("configs/sft.py:tiny", [*options, f"data.precomputed={folder}"]), mesh, 50)
+    plans.make_plan(load_config("configs/sft.py:tiny", [*options, f"data.precomputed={folder}"]), mesh, 50, 1e11)
     for folder in ("", "encoded")
   )
   assert plan.parts.keys() == {"generate", "edit", "moments", "features"} and plan.flops == 4 * 1311
@@ -179,7 +180,7 @@ def test_the_batch_is_what_training_makes(emoji_dir, tokenizer):
     (["--topology", "v5p:many"], r"'many' is no grid.*v5e:4x4"),
     (["--topology", "v5p:9x9x9"], r"v5p:9x9x9.*no such grid"),
     (["--config.mesh.fsdp=3"], r"config.mesh"),
-    (["--config.remat=some"], r"config.remat 'some' is none of none, dots, attention, full"),
+    (["--config.remat=some"], r"config.remat 'some' is none of auto, none, dots, attention, full"),
     (["--config.attention=flash"], r"config.attention 'flash'"),
     (["--config.stage=pretrain_vae"], r"pretrain_vae"),
     (["--jsn"], r"unknown option '--jsn'.*--json"),

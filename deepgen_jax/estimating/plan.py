@@ -6,6 +6,7 @@ and, where a rollout makes the samples, its forward passes and decoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -48,17 +49,18 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-  """resident: bytes throughout, "parameters" and "optimizer". images, flops: of an update."""
+  """resident: bytes throughout, "parameters" and "optimizer". images, flops: of an update. remat: what blocks keep."""
 
   resident: dict[str, float]
   parts: dict[str, Part]
   images: float
   flops: float
+  remat: str
 
 
-def make_plan(config, mesh, prompt_tokens: int) -> Plan:
-  """Of stages 1 to 3."""
-  model = supervised.make_model(config, SIZES[config.size], platform="tpu")
+def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
+  """Of stages 1 to 3. memory: bytes that a device has."""
+  model = supervised.make_model(config, SIZES[config.size], "tpu", memory)
   step, state, frozen, rng = train_programs(config, model, mesh)
   resident = {
     "parameters": bytes_per_device((state.params, frozen)),
@@ -90,7 +92,7 @@ def make_plan(config, mesh, prompt_tokens: int) -> Plan:
   runs = {task: tasks.count(task) for task in tasks} | pictures
   supervised_flops = size * sum(count * flops[name] for name, count in runs.items())
   if config.stage == "supervised":
-    return Plan(resident, learned(1.0), len(tasks) * size, supervised_flops)
+    return Plan(resident, learned(1.0), len(tasks) * size, supervised_flops, model.remat)
 
   g = config.grpo
   share = 1 / g.sft_every / len(tasks) if g.sft_weight else 0.0  # the pattern's micro-batches in turn, one an update
@@ -98,7 +100,7 @@ def make_plan(config, mesh, prompt_tokens: int) -> Plan:
   parts, beside = _rollout_parts(config, model, mesh, state, frozen, prompt_tokens, train)
   parts |= learned(share, beside) if share else {}
   trained = images * (flops["rollout"] + _trained_steps(config, model) * flops["policy"])
-  return Plan(resident, parts, images, trained + share * supervised_flops)
+  return Plan(resident, parts, images, trained + share * supervised_flops, model.remat)
 
 
 def _weights(config, rows: int) -> dict:
@@ -155,7 +157,7 @@ def sample_flops(config, prompt_tokens: int) -> dict[str, float]:
   """FLOPs of one sample by task (forward and backward), of one image's VAE encoding ("moments") and vision tokens ("features");
   in stage 3 also of making one image ("rollout") and of one timestep's gradient ("policy", with the KL's reference).
   """
-  checked = supervised.make_model(config, SIZES[config.size], platform="tpu")
+  checked = supervised.make_model(config, SIZES[config.size], "tpu", math.inf)
   plain = DeepGen(checked.config, checked.dtype)  # no remat, attention as plain products
   complete, learning = stage_parts(config)
   params = jax.eval_shape(lambda key: complete(config, plain, plain.init(key)), jax.random.key(0))
