@@ -1,9 +1,8 @@
 """How fast we are, beside PyTorch: `python -m deepgen_jax.benchmark dit_forward_256 vae_decode --json`.
 
 On a CPU every case runs in four ways, in turn, on the same cores: ours; diffusers or transformers as installed; the same with
-the fast sgemm that MKL keeps for Intel's processors, and with freed memory kept as our commands keep it; and that with
-torch.compile. Weights and inputs are the same, and what comes out is compared before anything is timed. On a GPU or TPU ours is
-timed alone. The case `data` is the loader's, per core.
+the fast sgemm that MKL keeps for Intel's processors; and that with torch.compile. Weights and inputs are the same, and what
+comes out is compared before anything is timed. On a GPU or TPU ours is timed alone. The case `data` is the loader's, per core.
 """
 
 from __future__ import annotations
@@ -146,9 +145,9 @@ def compare_with_torch(name: str, sizes: Sizes, *, rounds: int, threads: int, cl
       raise RuntimeError(f"{name}: ours and PyTorch's outputs differ by {error:.2g} relative, more than {allowed:.0g}")
     sides = {"ours": lambda: measure_ours(job.run), "torch_eager": eager.measure}
     if preload is not None:
-      sides["torch_fast"] = start("torch_fast", preload=preload, keep_memory=True).measure
+      sides["torch_fast"] = start("torch_fast", preload=preload).measure
     try:
-      sides["torch_compile"] = start("torch_compile", "--compile", preload=preload, keep_memory=True).measure
+      sides["torch_compile"] = start("torch_compile", "--compile", preload=preload).measure
     except WorkerError as failure:
       notes.append(f"torch_compile: {failure}")
     times = alternate(sides, rounds, clock)

@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-# Freed memory stays with the process, as ours does (`cli.start_command`).
-_KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**62)}
 # MKL takes its fast path on Intel's processors alone. These two functions are how it asks; preloaded, they answer yes.
 _FAST_SGEMM = "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }\n"
 
@@ -40,12 +38,10 @@ class TorchProcess:
   `outputs` is what the first run gave, {name: array}; `versions` those of the libraries.
   """
 
-  def __init__(self, folder: Path, name: str, arguments: Sequence[str], preload: Path | None = None, keep_memory: bool = False):
+  def __init__(self, folder: Path, name: str, arguments: Sequence[str], preload: Path | None = None):
     """folder: weights and inputs of the case; arguments: further ones of `torch_worker`. Returns once it has run once."""
     self._log = folder / f"{name}.log"
     output, environment = folder / f"{name}.safetensors", dict(os.environ, HF_HUB_OFFLINE="1")
-    if keep_memory:
-      environment |= _KEEP_MEMORY
     if preload is not None:
       environment["LD_PRELOAD"] = ":".join(filter(None, [str(preload), environment.get("LD_PRELOAD")]))
     worker = Path(__file__).with_name("torch_worker.py")
