@@ -30,7 +30,7 @@ from safetensors.numpy import save_file
 from deepgen_jax.benchmarking import data
 from deepgen_jax.benchmarking.cases import ACCELERATOR, CASES, CPU, GUIDANCE, OPTIM, Sizes, build, export
 from deepgen_jax.benchmarking.torch_process import TorchProcess, WorkerError, build_fast_sgemm
-from deepgen_jax.cli import keep_compiled_programs, parse
+from deepgen_jax.cli import parse, start_command
 from deepgen_jax.errors import UserError, nearest, run_command
 
 ALL_CASES = (*CASES, "data")
@@ -203,7 +203,7 @@ def to_line(record: Mapping) -> str:
 
 
 def main() -> None:
-  keep_compiled_programs()
+  start_command()
   arguments = parse(build_parser(), sys.argv[1:])
   check(arguments)
   on_cpu = jax.default_backend() == "cpu"

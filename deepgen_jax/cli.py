@@ -1,9 +1,12 @@
-"""What commands share: an unknown option is an error that names the nearest one; compiled programs are kept."""
+"""What commands share: an unknown option is an error that names the nearest one; compiled programs and memory are kept."""
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import glob
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,9 +40,41 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   return rest, overrides
 
 
-def keep_compiled_programs() -> None:
+def start_command() -> None:
+  """First thing that a command does, before JAX starts threads."""
+  _keep_compiled_programs()
+  if not _may_have_accelerator():
+    _keep_freed_memory()
+
+
+def _keep_compiled_programs() -> None:
   """Switches a persistent cache on: in JAX_COMPILATION_CACHE_DIR (empty: none), else in the user's cache folder."""
   if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     return
   caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
   jax.config.update("jax_compilation_cache_dir", str(Path(caches) / "deepgen_jax" / "xla"))
+
+
+def _may_have_accelerator() -> bool:
+  """Whether JAX may compute on something else than the CPU."""
+  if platforms := os.environ.get("JAX_PLATFORMS"):
+    return platforms != "cpu"
+  return any(glob.glob(f"/dev/{name}") for name in ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd"))
+
+
+# glibc's mallopt: options and values. One arena, because threads of another one can't keep large blocks.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+def _keep_freed_memory() -> None:
+  """Has the C library keep what is freed, where it is glibc and nobody told it otherwise by MALLOC_* variables.
+
+  On CPU XLA asks for a program's whole working memory at every run and frees it after; to get it from the system anew, page by
+  page, takes a fifth of a train step, and several times that where a virtual machine gives freed pages back to its host.
+  """
+  library = ctypes.CDLL(None) if sys.platform == "linux" else None
+  if hasattr(library, "gnu_get_libc_version") and not any(
+    name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ
+  ):
+    for option, value in ((_M_ARENA_MAX, 1), (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
+      library.mallopt(option, value)

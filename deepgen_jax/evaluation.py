@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax import atomic
-from deepgen_jax.cli import keep_compiled_programs, parse
+from deepgen_jax.cli import parse, start_command
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.retrieval import Retrieval, error_outside_change
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration
@@ -73,7 +73,7 @@ def evaluate(pipe: DeepGenPipeline, data_dir: str, *, edits: int, steps: int, gu
 
 
 def main() -> None:
-  keep_compiled_programs()
+  start_command()
   parser = argparse.ArgumentParser(
     prog="python -m deepgen_jax.evaluation",
     description=__doc__.partition("\n")[0],

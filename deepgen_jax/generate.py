@@ -10,7 +10,7 @@ import sys
 
 from etils import epath
 
-from deepgen_jax.cli import keep_compiled_programs, parse
+from deepgen_jax.cli import parse, start_command
 from deepgen_jax.data.images import load_image
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.pipeline import DeepGenPipeline
@@ -72,7 +72,7 @@ def output_files(output: str, count: int) -> list[epath.Path]:
 
 
 def main() -> None:
-  keep_compiled_programs()
+  start_command()
   arguments = parse(build_parser(), sys.argv[1:])
   check(arguments)
   images = [load_image(file) for file in arguments.image]

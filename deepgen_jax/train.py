@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from deepgen_jax import atomic, checkpoint, distributed, sharding, stages
-from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
+from deepgen_jax.cli import parse, split_overrides, start_command
 from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import Stalled, UserError, run_command
 from deepgen_jax.log import Log, Profiler, SampleLog, Silent
@@ -238,7 +238,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-  keep_compiled_programs()
+  start_command()
   arguments, overrides = parse_arguments(sys.argv[1:])
   config = load_config(arguments.config, overrides)
   distributed.start(config.distributed)

@@ -27,7 +27,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from deepgen_jax import distributed, sharding
-from deepgen_jax.cli import keep_compiled_programs, parse, split_overrides
+from deepgen_jax.cli import parse, split_overrides, start_command
 from deepgen_jax.config import load_config
 from deepgen_jax.data.encoded import (
   Layout,
@@ -200,7 +200,7 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main() -> None:
-  keep_compiled_programs()
+  start_command()
   arguments, overrides = parse_arguments(sys.argv[1:])
   part = _part(arguments.shard)
   if arguments.shard_size < 1:

@@ -127,9 +127,9 @@ def make_train_step(
   reports the gradient norms of its share and of the update so far: an update of several terms is told apart by them.
   """
 
-  def finish(state: TrainState, count) -> tuple[TrainState, Array]:
-    """Completes an update -> (state, norm of its gradient)."""
-    grads = jax.tree.map(lambda g: g / count, state.grads)
+  def finish(state: TrainState, sums, count) -> tuple[TrainState, Array]:
+    """Completes an update with the sums of its gradients -> (state, norm of its gradient)."""
+    grads = jax.tree.map(lambda g: g / count, sums)
     norm = optax.tree.norm(grads)
     good = jnp.isfinite(norm) & jnp.isfinite(state.loss)
     grads = jax.tree.map(lambda g: g * jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-12)), grads)
@@ -166,14 +166,20 @@ def make_train_step(
 
     (value, metrics), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     grads = sharding.keep_sharded(grads)
-    state = state.replace(
-      micro=state.micro + 1, loss=state.loss + value / count, grads=jax.tree.map(jnp.add, state.grads, grads)
-    )
+    alone = accumulate == 1 and "micro_batches" not in batch  # always the whole update: there is no sum to keep
+    sums = grads if alone else jax.tree.map(jnp.add, state.grads, grads)
+    state = state.replace(micro=state.micro + 1, loss=state.loss + value / count)
     update_loss, lr = state.loss, schedule(state.step)
     if "weight" in batch:
-      metrics |= {"grad_norm_share": optax.tree.norm(grads) / count, "grad_norm_so_far": optax.tree.norm(state.grads) / count}
-    last = state.micro == count
-    state, norm = jax.lax.cond(last, lambda s: finish(s, count), lambda s: (s, jnp.zeros(())), state)
+      metrics |= {"grad_norm_share": optax.tree.norm(grads) / count, "grad_norm_so_far": optax.tree.norm(sums) / count}
+    if alone:
+      zeros = state.grads
+      state, norm = finish(state, sums, count)
+      state = state.replace(grads=zeros)
+    else:
+      state = state.replace(grads=sums)
+      unfinished = lambda s: (s, jnp.zeros(()))
+      state, norm = jax.lax.cond(state.micro == count, lambda s: finish(s, s.grads, count), unfinished, state)
     metrics = metrics | {
       "micro_loss": value,
       "loss": update_loss,

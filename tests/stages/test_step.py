@@ -92,6 +92,18 @@ def test_a_batch_may_weigh_its_samples_and_say_how_many_its_update_has(setup):
   np.testing.assert_allclose(metrics["grad_norm"], norm(whole), rtol=1e-5)
 
 
+def test_an_update_of_one_micro_batch_needs_no_sum(setup):
+  _, fresh, frozen = setup
+  optimizer, schedule = make_optimizer(OPTIM, 100)
+  step = jax.jit(make_train_step(linear_loss, optimizer, schedule, accumulate=1, clip=1.0, ema_decay=0.9))
+  told = {"weight": np.ones(4, np.float32), "micro_batches": np.ones(4, np.int32)}  # what makes the step keep one
+  batches = [make_batch(seed) for seed in range(3)]
+  (state, metrics), (other, others) = (run(step, fresh(), frozen, [b | more for b in batches]) for more in ({}, told))
+  assert int(state.step) == 3 and int(state.micro) == 0 and not any(g.any() for g in jax.tree.leaves(state.grads))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), state, other)
+  np.testing.assert_allclose([metrics[k] for k in ("loss", "grad_norm")], [others[k] for k in ("loss", "grad_norm")], rtol=1e-6)
+
+
 def test_metrics_of_an_update_are_means_and_its_own():
   rows = [{"a": 1.0, "loss": 5.0, "lr": 0.1}, {"a": 3.0, "b": 7.0, "loss": 6.0, "lr": 0.2}]
   rows = [row | {"grad_norm": 0.0, "skipped": 0.0, "skipped_in_row": 0.0} for row in rows]
