@@ -47,7 +47,7 @@ class HeldOut:
       keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(0), i))(batch["sample_id"])
       return sample_loss(model, params, batch, keys, joint=False, drop=False)
 
-    self._judge = jax.jit(sharding.on_mesh(mesh, judge), out_shardings=sharding.replicated(mesh))
+    self._judge = sharding.jit(judge, mesh, out_shardings=sharding.replicated(mesh))
 
   def losses(self, params) -> dict[str, float]:
     """-> mean loss of each task; the noise and the time of a sample follow from its place."""

@@ -63,7 +63,7 @@ class DeepGenPipeline:
     self.model = DeepGen(config, _dtype(dtype), unroll, attention=attention)
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = sharding.place(merged, sharding.param_shardings(merged, self.mesh))
-    program = lambda fn: jax.jit(sharding.on_mesh(self.mesh, fn))
+    program = lambda fn: sharding.jit(fn, self.mesh)
     self._condition = program(self.model.condition)
     self._features = program(self.model.vision_features)
     self._moments = program(self.model.encode_moments)
@@ -261,7 +261,7 @@ class DeepGenPipeline:
 
 def jit_sampler(model: DeepGen, mesh) -> Callable:
   """The jitted `sample_images` of a model."""
-  return jax.jit(sharding.on_mesh(mesh, partial(sample_images, model)), static_argnames=("size", "guided"))
+  return sharding.jit(partial(sample_images, model), mesh, static_argnames=("size", "guided"))
 
 
 def sample_images(model: DeepGen, params, noise, cond, target, references, sigmas, guidance, *, size, guided: bool):

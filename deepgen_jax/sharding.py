@@ -232,9 +232,14 @@ _TPU_OPTIONS = {
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-  """What `jax.jit` tells the compiler about programs on a mesh."""
+  """What the compiler is told about programs on a mesh."""
   on_tpu = mesh.devices.flat[0].platform == "tpu"
   return dict(_TPU_OPTIONS) if on_tpu and mesh.shape["fsdp"] > 1 else None
+
+
+def jit(fn: Callable, mesh: Mesh, **options) -> Callable:
+  """`jax.jit(fn, **options)` as a program on that mesh: see `on_mesh` and `compiler_options`."""
+  return jax.jit(on_mesh(mesh, fn), compiler_options=compiler_options(mesh), **options)
 
 
 def _traced_mesh():

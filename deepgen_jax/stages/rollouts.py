@@ -177,7 +177,7 @@ class Programs:
 
   def __init__(self, config, model, mesh):
     settings, dealt = config.grpo, sharding.batch_sharding(mesh)
-    program = lambda fn, out=dealt: jax.jit(sharding.on_mesh(mesh, fn), out_shardings=out)
+    program = lambda fn, out=dealt: sharding.jit(fn, mesh, out_shardings=out)
     # Every process gets all images from its own devices, in the program that makes them: nothing waits for other chunks.
     seen = dealt if dealt.is_fully_addressable else sharding.replicated(mesh)
     self.shardings = Rollout(seen, dealt, dealt, dealt)

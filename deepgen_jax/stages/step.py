@@ -223,7 +223,5 @@ def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
     old_decay=stage.old_decay or (0.0, 0.0),
     dtype=stage.dtype,
   )
-  step = sharding.on_mesh(mesh, step)
   out = (shardings, sharding.replicated(mesh))
-  options = sharding.compiler_options(mesh)
-  return fresh, shardings, jax.jit(step, donate_argnums=0, out_shardings=out, compiler_options=options)
+  return fresh, shardings, sharding.jit(step, mesh, donate_argnums=0, out_shardings=out)
