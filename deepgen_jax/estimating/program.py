@@ -72,14 +72,14 @@ def compile_program(lowered, chip: Chip) -> Program:
 
 
 def kernel_flops(name: str, shapes: list[tuple[int, ...]]) -> float:
-  """FLOPs of one run of an attention kernel, by its name and its operands' shapes: q [B,H,T,D], then k [B,K,S,D].
+  """FLOPs of one run of an attention kernel, by its name and its operands' shapes: q [B,H,D,T], then k [B,K,D,S].
 
   The whole score matrix counts, and what the backward kernels compute again.
   """
   arrays = [shape for shape in shapes if len(shape) >= 4][:2]
   if len(arrays) < 2:
     return 0.0
-  (*heads, rows, size), (*_, columns, _) = arrays
+  (*heads, size, rows), (*_, columns) = arrays
   products = next(count for part, count in _KERNELS.items() if part in name)
   return float(products * math.prod(heads) * rows * columns * size)
 

@@ -56,7 +56,8 @@ def _kernel(heads: int, rows: int, columns: int, causal_offset: int | None, inte
   mask = splash.FullMask(shape) if causal_offset is None else splash.CausalMask(shape, offset=causal_offset)
   q, part = (next(size for size in BLOCKS if length % size == 0) for length in shape)
   keys = max(size for size in range(part, min(columns, KEYS) + 1, part) if columns % size == 0)
-  # One kernel makes all gradients. It adds up those of queries over blocks of keys in memory, hence the large blocks.
+  # One kernel makes all gradients. It adds up those of queries over blocks of keys in memory, hence the large blocks. Tokens are
+  # the minor axis: heads of 64 channels would fill half of a tile.
   blocks = splash.BlockSizes(
     block_q=q,
     block_kv=keys,
@@ -65,6 +66,7 @@ def _kernel(heads: int, rows: int, columns: int, causal_offset: int | None, inte
     block_kv_dkv=keys,
     block_kv_dkv_compute=part,
     use_fused_bwd_kernel=True,
+    **dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR),
   )
   return splash.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),

@@ -103,7 +103,7 @@ def test_collectives_inside_fusions_count_once(speed, exposed):
 def test_kernels_are_reported_with_their_shapes():
   runs, name, shapes = program_cost(TEXT, 1.0).kernels[0]
   assert (runs, name, shapes) == (1.0, "splash_fwd.1", [(8, 4), (2, 16, 8)])
-  q, k = (2, 24, 128, 64), (2, 24, 256, 64)
+  q, k = (2, 24, 64, 128), (2, 24, 64, 256)
   forward = 4 * 2 * 24 * 128 * 256 * 64
   assert kernel_flops("splash_fwd", [(1, 5, 5), q, k, k]) == forward
   assert kernel_flops("splash_dkv", [q, k, k]) == 2.5 * forward
