@@ -89,6 +89,8 @@ def get_config(size: str = "tiny"):
   c.checkpoint.every, c.checkpoint.keep = 50, 2
   c.eval.every, c.eval.samples = 10, 600
   c.log.every = 1
+  if size == "full":
+    c.grpo.micro_batch = 64
   if size == "tiny":
     c.init = "runs/sft"
     c.grpo.objective, c.grpo.sampler, c.grpo.shared_noise = "diffusion_nft", "ode", False
