@@ -56,8 +56,8 @@ def _kernel(heads: int, rows: int, columns: int, causal_offset: int | None, inte
   mask = splash.FullMask(shape) if causal_offset is None else splash.CausalMask(shape, offset=causal_offset)
   q, part = (next(size for size in BLOCKS if length % size == 0) for length in shape)
   keys = max(size for size in range(part, min(columns, KEYS) + 1, part) if columns % size == 0)
-  # One kernel makes all gradients. It adds up those of queries over blocks of keys in memory, hence the large blocks. Tokens are
-  # the minor axis: heads of 64 channels would fill half of a tile.
+  # One kernel makes all gradients. It adds up those of queries over blocks of keys in memory, hence the large blocks. Tokens
+  # are the minor axis: heads of 64 channels would fill half of a tile.
   blocks = splash.BlockSizes(
     block_q=q,
     block_kv=keys,

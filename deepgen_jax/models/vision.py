@@ -115,7 +115,7 @@ class VisionTower(nn.Module):
     Computes in the dtype of the patches. One grid a call; tokens are the merged cells in raster order.
     """
     c = self.config
-    x = Linear(c.hidden_size, use_bias=False, name="patch_embed")(patches)
+    x = keep_dealt(Linear(c.hidden_size, use_bias=False, name="patch_embed")(patches))
     is_full = np.isin(np.arange(c.num_layers), c.full_attention_layers)
     windows = jnp.broadcast_to(window_segments(grid, c), x.shape[:2])
     blocks = stack(VisionBlock, c.num_layers, self.unroll, per_layer=1)(c, name="blocks")

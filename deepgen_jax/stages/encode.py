@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import numpy as np
@@ -37,7 +38,8 @@ class ImageEncoder:
     self._copies: dict[str, Mapping] = {}
     features = lambda params, images: (model.vision_features(params, images),)
     wrap = _one_by_one if cache else lambda encode: encode
-    self.programs = {"moments": jax.jit(wrap(model.encode_moments)), "features": jax.jit(wrap(features))}
+    program = jax.jit if self._sharding is None else partial(sharding.jit, mesh=mesh)
+    self.programs = {"moments": program(wrap(model.encode_moments)), "features": program(wrap(features))}
 
   def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """-> (mean, log-variance) of each image, [h,w,c]."""
