@@ -23,10 +23,12 @@ def expected(q, k, v, q_segments, kv_segments, offset):
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
+@pytest.mark.parametrize("alone", [1, 1000])
 @pytest.mark.parametrize("chunk", [4, 1000])
 @pytest.mark.parametrize("rows, columns, offset", [(9, 9, None), (7, 12, 5), (5, 11, None)])
-def test_values_and_gradients(monkeypatch, rows, columns, offset, chunk):
+def test_values_and_gradients(monkeypatch, rows, columns, offset, chunk, alone):
   monkeypatch.setattr(layers, "CHUNK", chunk)
+  monkeypatch.setattr(layers, "ALONE", alone)
   *arrays, q_segments, kv_segments = draw(rows, columns)
   ours = lambda q, k, v: layers.attention(q, k, v, q_segments=q_segments, kv_segments=kv_segments, causal_offset=offset)
   theirs = lambda q, k, v: expected(q, k, v, q_segments, kv_segments, offset)
@@ -35,7 +37,9 @@ def test_values_and_gradients(monkeypatch, rows, columns, offset, chunk):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(ours), gradient(theirs))
 
 
-def test_without_a_mask():
+@pytest.mark.parametrize("alone", [1, 1000])
+def test_without_a_mask(monkeypatch, alone):
+  monkeypatch.setattr(layers, "ALONE", alone)
   q, k, v, *_ = draw(5, 7)
   np.testing.assert_allclose(layers.attention(q, k, v), jax.nn.dot_product_attention(q, k, v, implementation="xla"), atol=2e-6)
 
