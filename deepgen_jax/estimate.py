@@ -73,6 +73,7 @@ def estimate(config, name: str, prompt_tokens: int = 100, steps: int = 50) -> di
   compiled: dict[str, Program] = {}
   try:
     for part, own in plan.parts.items():
+      print(f"compiling {part} (at full size minutes)", file=sys.stderr, flush=True)
       compiled[part] = compile_program(own.lower(), chip)
   except OutOfMemory as error:
     needed = error.needed + own.beside + (0 if error.whole else resident)
