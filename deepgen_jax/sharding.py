@@ -219,10 +219,10 @@ def splits_parameters() -> bool:
 
 
 # How a TPU program gathers kernels. Left to itself the compiler makes a ring of partial products of each large one, whose sums
-# pass through memory at every step: whole kernels take 0.7 of its modelled time at full size (v5p:2x2x2, 64
-# samples, generation). The other options let gathers run beside the products before them.
-_TPU_OPTIONS = {
-  "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
+# pass through memory at every step: whole kernels take 0.7 of its modelled time (full size, v5p:2x2x2, 64 samples, generation).
+_TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+# On v5e gathers may run inside the products before them. On other chips newer compilers refuse that: results could be wrong.
+_V5E_OPTIONS = {
   "xla_enable_async_all_gather": "true",
   "xla_tpu_enable_async_collective_fusion": "true",
   "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
@@ -233,8 +233,10 @@ _TPU_OPTIONS = {
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
   """What the compiler is told about programs on a mesh."""
-  on_tpu = mesh.devices.flat[0].platform == "tpu"
-  return dict(_TPU_OPTIONS) if on_tpu and mesh.shape["fsdp"] > 1 else None
+  device = mesh.devices.flat[0]
+  if device.platform != "tpu" or mesh.shape["fsdp"] == 1:
+    return None
+  return _TPU_OPTIONS | (_V5E_OPTIONS if device.device_kind in ("TPU v5 lite", "TPU v5e") else {})
 
 
 def jit(fn: Callable, mesh: Mesh, **options) -> Callable:
