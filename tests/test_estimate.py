@@ -77,6 +77,18 @@ def test_a_full_size_block_compiles_with_its_kernels():
   assert forward == backward > 0  # what the forward kernels gave is kept: none runs again
 
 
+@pytest.mark.parametrize(
+  "name, remat, inside", [("v5e:2x2", "attention", True), ("v6e:2x2", "dots", False), ("v5p:2x2x1", "dots", False)]
+)
+def test_what_follows_the_chip(name, remat, inside):
+  """remat=auto goes by memory; gathers inside products, which newer compilers refuse elsewhere, are for v5e alone."""
+  chip, devices = topology(name)
+  assert supervised.make_model(load_config("configs/sft.py:full"), SIZES["full"], "tpu", chip.hbm).remat == remat
+  options = sharding.compiler_options(sharding.make_mesh({"data": 1, "fsdp": 4}, devices))
+  assert ("xla_tpu_enable_async_collective_fusion" in options) == inside
+  assert sharding.compiler_options(sharding.make_mesh({"data": 4}, devices)) is None
+
+
 REINFORCE = [
   *("--config", "configs/grpo.py:tiny"),
   *(option for option in SMALL if "lora" not in option and "pattern" not in option),
