@@ -1,7 +1,8 @@
 """FLOPs of a function, counted in its jaxpr: matrix products and convolutions, loops times their length.
 
-Counted before the compiler sees the function, this is the model's own work: nothing recomputed, nothing added by sharding.
-Attention counts its whole score matrix, causal or not.
+Counted before the compiler sees the function, this is the model's own work: nothing added by sharding, nothing recomputed (what
+the backward pass of attention computes again has a name scope that says so). Attention counts its whole score matrix, causal
+or not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import math
 from collections.abc import Callable
 
 import jax
+
+from deepgen_jax.models.plain import RECOMPUTED
 
 
 def count_flops(function: Callable, *args) -> float:
@@ -23,6 +26,8 @@ def _jaxpr_flops(jaxpr) -> float:
 
 def _equation_flops(equation) -> float:
   name, params = equation.primitive.name, equation.params
+  if RECOMPUTED in str(equation.source_info.name_stack):
+    return 0.0
   if name == "dot_general":
     (contracted, _), _ = params["dimension_numbers"]
     lhs = equation.invars[0].aval.shape

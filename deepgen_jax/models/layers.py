@@ -12,15 +12,12 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from deepgen_jax.models.lora import LoraKernel, lora_delta, lora_embedding
+from deepgen_jax.models.plain import plain_attention
 from deepgen_jax.models.splash import SAVED, splash_attention
 
-CHUNK = 2048  # query rows whose scores are in memory at a time
-ALONE = 2**16  # scores from which a head is computed alone where no gradient is taken, on CPU
-_MASKED = float(0.7 * np.finfo(np.float32).min)
 BACKENDS = ("xla", "splash", "splash_interpret")
 
 # What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
@@ -77,66 +74,7 @@ def attention(
     rows = jnp.arange(q.shape[1])[:, None] + causal_offset
     causal = (jnp.arange(k.shape[1])[None, :] <= rows)[None]
     mask = causal if mask is None else mask & causal
-  return _attention(q, k, v, mask)
-
-
-def _attention(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-  """Products of plain matrices, [rows,D] x [D,S] for every head: on CPU several times faster than what the compiler makes of
-  jax.nn.dot_product_attention.
-  """
-  batch, rows, heads, size = q.shape
-  k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B,K,S,D]
-  q = q.reshape(batch, rows, k.shape[1], -1, size).transpose(0, 2, 3, 1, 4)  # [B,K,G,T,D]: G queries share a key
-  return _attend(q, k, v, mask).transpose(0, 3, 1, 2, 4).reshape(batch, rows, heads, size)
-
-
-@jax.custom_vjp
-def _attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-  """q [B,K,G,T,D], k and v [B,K,S,D], mask bool [1 or B,T,S] -> as q. Without gradients a CPU takes one key's head at a time:
-  its scores stay in the cache, which takes 0.6 of the time at 384 and 1280 tokens.
-  """
-  if q.shape[3] * k.shape[2] < ALONE:
-    return _attend_at_once(q, k, v, mask)
-  return jax.lax.platform_dependent(q, k, v, mask, cpu=_attend_by_head, default=_attend_at_once)
-
-
-def _attend_by_head(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-  """`_attend` for one key's head after the other."""
-  batch, heads = q.shape[:2]
-
-  def head(i):
-    own = None if mask is None else mask[i // heads % len(mask)][None]
-    return _attend_at_once(*(x.reshape(1, -1, *x.shape[2:])[:, i][:, None] for x in (q, k, v)), own)
-
-  return jax.lax.map(head, jnp.arange(batch * heads)).reshape(q.shape)
-
-
-def _attend_at_once(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-  """`_attend` for all heads together. Queries past CHUNK go in chunks, whose scores the backward pass computes again."""
-  rows, size = q.shape[3:]
-
-  def attend(q, k, v, mask):
-    grouped = (q * size**-0.5).reshape(*q.shape[:2], -1, size)
-    scores = jax.lax.dot_general(grouped, k, (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=jnp.float32)
-    if mask is not None:
-      scores = scores.reshape(*q.shape[:4], -1)
-      scores = jnp.where(mask[:, None, None], scores, _MASKED).reshape(*grouped.shape[:3], -1)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jax.lax.dot_general(weights, v, (((3,), (2,)), ((0, 1), (0, 1)))).reshape(q.shape)
-
-  if rows <= CHUNK:
-    return attend(q, k, v, mask)
-  part = jax.checkpoint(attend)
-  cut = lambda x, i: x[..., i : i + CHUNK, :]
-  parts = [part(cut(q, i), k, v, None if mask is None else cut(mask, i)) for i in range(0, rows, CHUNK)]
-  return jnp.concatenate(parts, axis=3)
-
-
-def _attend_forward(q, k, v, mask):
-  return jax.vjp(lambda *arrays: _attend_at_once(*arrays, mask), q, k, v)
-
-
-_attend.defvjp(_attend_forward, lambda backward, gradient: (*backward(gradient), None))
+  return plain_attention(q, k, v, mask)
 
 
 def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, eps: float = 1e-6) -> Array:

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from deepgen_jax.estimating.flops import count_flops
+from deepgen_jax.models import plain
+from deepgen_jax.models.layers import attention
 
 X, W = jax.ShapeDtypeStruct((8, 16), jnp.float32), jax.ShapeDtypeStruct((16, 16), jnp.float32)
 PRODUCT = 2 * 8 * 16 * 16
@@ -24,6 +26,15 @@ def test_gradients_count_what_is_needed_alone():
   both = lambda x, w: jax.grad(loss, argnums=(0, 1))(w, x)
   assert count_flops(both, X, W) == 3 * PRODUCT
   assert count_flops(lambda x, w: jax.grad(loss)(w, x), X, W) == 2 * PRODUCT
+
+
+def test_scores_that_attention_computes_again_dont_count(monkeypatch):
+  q = jax.ShapeDtypeStruct((2, 6, 3, 8), jnp.float32)
+  for many, chunk in ((1000, 1000), (1, 1000), (1, 4)):
+    monkeypatch.setattr(plain, "MANY", many)
+    monkeypatch.setattr(plain, "CHUNK", chunk)
+    gradient = jax.grad(lambda q, k, v: attention(q, k, v).sum(), argnums=(0, 1, 2))
+    assert count_flops(gradient, q, q, q) == 6 * (2 * 2 * 3 * 6 * 6 * 8)  # two products forward, four backward
 
 
 def test_convolutions():

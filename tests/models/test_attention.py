@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepgen_jax.models import layers
+from deepgen_jax.models import layers, plain
 
 
 def draw(rows, columns, heads=6, kv_heads=2, size=8, dtype=jnp.float32):
@@ -23,12 +23,12 @@ def expected(q, k, v, q_segments, kv_segments, offset):
   return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="xla")
 
 
-@pytest.mark.parametrize("alone", [1, 1000])
+@pytest.mark.parametrize("many", [1, 1000])
 @pytest.mark.parametrize("chunk", [4, 1000])
 @pytest.mark.parametrize("rows, columns, offset", [(9, 9, None), (7, 12, 5), (5, 11, None)])
-def test_values_and_gradients(monkeypatch, rows, columns, offset, chunk, alone):
-  monkeypatch.setattr(layers, "CHUNK", chunk)
-  monkeypatch.setattr(layers, "ALONE", alone)
+def test_values_and_gradients(monkeypatch, rows, columns, offset, chunk, many):
+  monkeypatch.setattr(plain, "CHUNK", chunk)
+  monkeypatch.setattr(plain, "MANY", many)
   *arrays, q_segments, kv_segments = draw(rows, columns)
   ours = lambda q, k, v: layers.attention(q, k, v, q_segments=q_segments, kv_segments=kv_segments, causal_offset=offset)
   theirs = lambda q, k, v: expected(q, k, v, q_segments, kv_segments, offset)
@@ -37,9 +37,9 @@ def test_values_and_gradients(monkeypatch, rows, columns, offset, chunk, alone):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(ours), gradient(theirs))
 
 
-@pytest.mark.parametrize("alone", [1, 1000])
-def test_without_a_mask(monkeypatch, alone):
-  monkeypatch.setattr(layers, "ALONE", alone)
+@pytest.mark.parametrize("many", [1, 1000])
+def test_without_a_mask(monkeypatch, many):
+  monkeypatch.setattr(plain, "MANY", many)
   q, k, v, *_ = draw(5, 7)
   np.testing.assert_allclose(layers.attention(q, k, v), jax.nn.dot_product_attention(q, k, v, implementation="xla"), atol=2e-6)
 
