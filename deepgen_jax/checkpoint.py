@@ -31,6 +31,7 @@ from deepgen_jax.models.lora import path_name
 MAY_CHANGE = (
   "steps",
   "mesh.",
+  "frozen",
   "remat",
   "attention",
   "log.",

@@ -8,6 +8,7 @@ paths end alike. A dimension that an axis doesn't divide stays unsharded on that
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -105,6 +106,31 @@ def undivided(path: str, shape: Sequence[int], mesh: Mesh) -> list[str]:
 def param_shardings(params, mesh: Mesh):
   """NamedSharding of every leaf of a parameter tree (arrays or ShapeDtypeStructs)."""
   return map_paths(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), params)
+
+
+def frozen_shardings(frozen, mesh: Mesh, layout: str = "fsdp", memory: float | None = None):
+  """NamedSharding of what doesn't train, as config.frozen says: "fsdp" as `param_shardings`; "whole" without that axis, so that
+  no step gathers it; "auto": whole where that takes at most a sixth of a device's memory (bytes; None: what is there).
+
+  Raises UserError for another layout.
+  """
+  if layout not in ("auto", "fsdp", "whole"):
+    raise UserError(f"config.frozen {layout!r} is none of auto, fsdp, whole")
+  split = param_shardings(frozen, mesh)
+  if layout == "fsdp":
+    return split
+  without = lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+  whole = jax.tree.map(lambda sharding: NamedSharding(mesh, without(sharding.spec)), split)
+  if layout == "whole":
+    return whole
+  memory = memory or device_memory()
+  held = jax.tree.map(lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize, frozen, whole)
+  return whole if memory and 6 * sum(jax.tree.leaves(held)) <= memory else split
+
+
+def device_memory() -> int | None:
+  """Bytes of one of this process's devices; None where the platform doesn't say (CPU)."""
+  return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def state_shardings(state, mesh: Mesh):

@@ -72,7 +72,7 @@ def make_batch(tokenizer) -> dict:
   return batch | {"references": references, "vision": draw(8, 4, 32)}
 
 
-def make_step(stage: str, mesh):
+def make_step(stage: str, mesh, layout: str):
   """-> (compiled step, state, frozen, rng): an update is two micro-batches."""
   config = {"align": align, "sft": sft, "grpo": grpo}[stage].get_config("tiny")
   if stage == "grpo":
@@ -84,7 +84,7 @@ def make_step(stage: str, mesh):
     targets = [target.replace("segments_[0-5]", "segments_[01]") for target in config.lora.targets]
     params = lora.add_lora(params, targets, 4, 8.0, jax.random.key(1))
   trainable, frozen = sharding.partition(params, config.trainable)
-  frozen = sharding.place(frozen, sharding.param_shardings(frozen, mesh))
+  frozen = sharding.place(frozen, sharding.frozen_shardings(frozen, mesh, layout))
   trainable = sharding.place(trainable, sharding.param_shardings(trainable, mesh))
   config.optim.lr = 100.0  # of which the first update of a warm-up takes a hundred-thousandth
   optimizer, schedule = make_optimizer(config.optim, 10)
@@ -103,9 +103,9 @@ def make_step(stage: str, mesh):
   return step, state, frozen, rng
 
 
-def run(stage: str, mesh, batch):
+def run(stage: str, mesh, batch, layout: str = "fsdp"):
   """-> gradient sums of one micro-batch, the losses of three (the third is that of updated weights), and the program's text."""
-  step, state, frozen, rng = make_step(stage, mesh)
+  step, state, frozen, rng = make_step(stage, mesh, layout)
   batch, losses = sharding.put_batch(batch, mesh), []
   step = step.lower(state, frozen, batch, rng).compile()
   for number in range(3):
@@ -144,6 +144,12 @@ def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
   named = lambda shape: f"f32[{','.join(map(str, shape))}]" in program
   whole = [path for path, shape in stacked_shapes(mesh) if named(shape) or named(joined(path, shape))]
   assert set(whole) <= GATHERED.get(kind, set())  # layers are gathered one at a time; parameter and gradient stay in shards
+
+
+def test_a_train_step_over_whole_frozen_parameters_is_that_of_one_device(alone, batch):
+  grads, losses, _ = run("sft", sharding.make_mesh(MESHES["data x fsdp x tensor"]), batch, "whole")
+  np.testing.assert_allclose(losses, alone("sft")[1], rtol=1e-5)
+  same_gradients(grads, alone("sft")[0])
 
 
 def same_gradients(ours, theirs):

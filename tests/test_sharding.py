@@ -70,6 +70,18 @@ def test_what_mirrors_a_parameter_is_laid_out_like_it():
   assert set(seen.values()) == {5}  # parameters, gradients, two moments, EMA
 
 
+def test_frozen_parameters_are_whole_where_asked_or_where_they_take_little_memory():
+  _, frozen = sharding.partition(full_params(), CONFIG.trainable)
+  axes = lambda *args: {axis for s in jax.tree.leaves(sharding.frozen_shardings(frozen, MESH, *args)) for axis in s.spec}
+  assert axes("fsdp") == {"fsdp", "tensor", None}
+  assert axes("whole") == {"tensor", None}  # heads stay dealt
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+  assert axes("auto", 6 * size) == axes("whole")
+  assert axes("auto", size) == axes("fsdp") == axes("auto")  # a CPU doesn't say what it has
+  with pytest.raises(UserError, match=r"config\.frozen 'all' is none of auto, fsdp, whole"):
+    sharding.frozen_shardings(frozen, MESH, "all")
+
+
 def test_large_parameters_are_sharded_many_times():
   """What is left whole at full size: less than 1 % of it."""
   sizes = {"whole": 0, "all": 0}

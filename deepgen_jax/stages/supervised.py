@@ -76,7 +76,7 @@ def make_model(config, sizes, platform: str | None = None, memory: float | None 
   platform = platform or jax.default_backend()
   remat = config.remat
   if remat == "auto":
-    memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    memory = memory or sharding.device_memory()
     remat = "attention" if memory and memory < _ROOMY else "dots"
   if remat not in REMAT:
     raise UserError(f"config.remat {remat!r} is none of auto, {', '.join(REMAT)}")
