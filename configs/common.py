@@ -20,7 +20,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
   # "auto": by the memory of the devices
   c.remat = "none" if tiny else "auto"
   # where what doesn't train lies on a mesh: "fsdp" (split over it, like the rest), "whole" (on each of its devices: nothing to
-  # gather in a step) or "auto" (whole where that takes at most a sixth of a device's memory)
+  # gather in a step) or "auto" (whole on devices of 64 GiB or more)
   c.frozen = "auto"
   c.attention = "auto"  # "splash" (TPU) or "xla"
   c.unroll = tiny  # write scans over layers out: faster on CPU, slow to compile at full size

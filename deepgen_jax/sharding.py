@@ -8,7 +8,6 @@ paths end alike. A dimension that an axis doesn't divide stays unsharded on that
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -108,24 +107,27 @@ def param_shardings(params, mesh: Mesh):
   return map_paths(lambda path, leaf: NamedSharding(mesh, partition_spec(path, leaf.shape, mesh)), params)
 
 
-def frozen_shardings(frozen, mesh: Mesh, layout: str = "fsdp", memory: float | None = None):
-  """NamedSharding of what doesn't train, as config.frozen says: "fsdp" as `param_shardings`; "whole" without that axis, so that
-  no step gathers it; "auto": whole where that takes at most a sixth of a device's memory (bytes; None: what is there).
+# A device of this much memory has room for what "auto" settings would rather keep than compute or gather again: at full size all
+# that any stage keeps frozen, 12 GB in bfloat16, and the results of a block's products, 5 GiB for a sample with a reference.
+ROOMY = 64 * 2**30
 
-  Raises UserError for another layout.
-  """
+
+def frozen_layout(layout: str, memory: float | None = None) -> str:
+  """config.frozen -> "fsdp" or "whole". memory: bytes of a device, None: of those that are there. Raises UserError."""
   if layout not in ("auto", "fsdp", "whole"):
     raise UserError(f"config.frozen {layout!r} is none of auto, fsdp, whole")
+  if layout == "auto":
+    return "whole" if (memory or device_memory() or 0) >= ROOMY else "fsdp"
+  return layout
+
+
+def frozen_shardings(frozen, mesh: Mesh, layout: str):
+  """NamedSharding of what doesn't train: "fsdp" as `param_shardings`; "whole" without that axis, so that no step gathers it."""
   split = param_shardings(frozen, mesh)
   if layout == "fsdp":
     return split
   without = lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
-  whole = jax.tree.map(lambda sharding: NamedSharding(mesh, without(sharding.spec)), split)
-  if layout == "whole":
-    return whole
-  memory = memory or device_memory()
-  held = jax.tree.map(lambda x, sharding: math.prod(sharding.shard_shape(x.shape)) * x.dtype.itemsize, frozen, whole)
-  return whole if memory and 6 * sum(jax.tree.leaves(held)) <= memory else split
+  return jax.tree.map(lambda sharding: NamedSharding(mesh, without(sharding.spec)), split)
 
 
 def device_memory() -> int | None:

@@ -95,7 +95,7 @@ def make_step(stage: str, mesh, layout: str):
   def loss(params, batch, keys):
     if stage == "grpo":
       return reinforcement.batch_loss(MODEL, config, params, batch, keys)
-    return sample_loss(MODEL, params, batch, keys, joint=stage == "sft"), {}
+    return sample_loss(dataclasses.replace(MODEL, frozen=layout), params, batch, keys, joint=stage == "sft"), {}
 
   step = make_train_step(loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9)
   step = jax.jit(sharding.on_mesh(mesh, step), out_shardings=(shardings, sharding.replicated(mesh)), compiler_options=FAST)

@@ -36,7 +36,7 @@ def bytes_per_device(tree) -> int:
   return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def train_programs(config, model: DeepGen, mesh, memory: float):
+def train_programs(config, model: DeepGen, mesh):
   """What `train` makes of a config -> (jitted step, state, frozen parameters, rng): shapes where it has arrays."""
   complete, learning = stage_parts(config)
   params = jax.eval_shape(lambda key: complete(config, model, model.init(key)), jax.random.key(0))
@@ -47,7 +47,7 @@ def train_programs(config, model: DeepGen, mesh, memory: float):
   state = placed(jax.eval_shape(fresh, trainable), shardings)
   key = jax.eval_shape(lambda: jax.random.key(0))
   rng = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
-  return step, state, placed(frozen, sharding.frozen_shardings(frozen, mesh, config.frozen, memory)), rng
+  return step, state, placed(frozen, sharding.frozen_shardings(frozen, mesh, model.frozen)), rng
 
 
 def stage_parts(config) -> tuple[Callable, Callable]:

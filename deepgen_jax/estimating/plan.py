@@ -61,7 +61,7 @@ class Plan:
 def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
   """Of stages 1 to 3. memory: bytes that a device has."""
   model = supervised.make_model(config, SIZES[config.size], "tpu", memory)
-  step, state, frozen, rng = train_programs(config, model, mesh, memory)
+  step, state, frozen, rng = train_programs(config, model, mesh)
   resident = {
     "parameters": bytes_per_device((state.params, frozen)),
     "optimizer": bytes_per_device((state.opt_state, state.grads, state.ema, state.old)),

@@ -45,7 +45,8 @@ class Conditioning:
 @dataclass(frozen=True)
 class DeepGen:
   """Functions of parameters. `dtype` is the compute dtype; `unroll` writes scans out (faster on CPU); `remat` (layers.REMAT) is
-  what training keeps of a block; `attention` (layers.BACKENDS) serves all but the vision tower, which trains nowhere.
+  what training keeps of a block; `attention` (layers.BACKENDS) serves all but the vision tower, which trains nowhere;
+  `frozen` is how what doesn't train lies on a mesh, "fsdp" or "whole".
   """
 
   config: DeepGenConfig
@@ -53,10 +54,12 @@ class DeepGen:
   unroll: bool = False
   remat: str = "none"
   attention: str = "xla"
+  frozen: str = "fsdp"
 
   @cached_property
   def text(self) -> TextDecoder:
-    return TextDecoder(self.config.text, self.config.scb.read_layers, self.unroll, self.remat, self.attention)
+    c = self.config
+    return TextDecoder(c.text, c.scb.read_layers, self.unroll, self.remat, self.attention, one_loop=self.frozen == "fsdp")
 
   @cached_property
   def vision(self) -> VisionTower:

@@ -1,8 +1,8 @@
 """Qwen2.5-VL text decoder: GQA, q/k/v biases, M-RoPE, SwiGLU.
 
 Layers live in stacked segments that end where SCB reads a hidden state, so no other hidden state is kept. Where a mesh splits
-parameters, one loop runs all segments, at the price of a copy of a device's share of them: its body is compiled once. What no
-reader needs (the layers after the last read, the final norm, an untied head) sits in its own leaves and may be absent from
+parameters, one loop may run all segments, at the price of a copy of a device's share of them: its body is compiled once. What
+no reader needs (the layers after the last read, the final norm, an untied head) sits in its own leaves and may be absent from
 the tree when only hidden states are asked for.
 
 The sequence may come as several *streams* that follow each other, e.g. (prompt, think tokens): a later stream sees the earlier
@@ -91,7 +91,7 @@ class DecoderLayer(nn.Module):
 
 class TextDecoder(nn.Module):
   """Methods are entered through `apply(..., method=...)`; parameters of layers past the last read are used by `logits`
-  alone.
+  alone. one_loop: over all segments, where a mesh splits parameters.
   """
 
   config: TextConfig
@@ -99,6 +99,7 @@ class TextDecoder(nn.Module):
   unroll: bool = False
   remat: str = "none"
   attention: str = "xla"
+  one_loop: bool = True
 
   def setup(self):
     c = self.config
@@ -151,7 +152,7 @@ class TextDecoder(nn.Module):
     return states, streams
 
   def _one_loop(self, count):
-    if self.unroll or self.is_initializing() or count < 2 or not splits_parameters():
+    if not self.one_loop or self.unroll or self.is_initializing() or count < 2 or not splits_parameters():
       return False
     kinds = {jax.tree.structure(segment.variables["params"]) for segment in self.segments[:count]}
     return len(kinds) == 1  # LoRA may be on some segments alone

@@ -64,11 +64,6 @@ def build(config, mesh) -> Stage:
   )
 
 
-# Below this much memory of a device remat=auto is "attention", from there on "dots". At full size a sample of stage 2 with a
-# reference takes about 5 GiB with dots.
-_ROOMY = 24 * 2**30
-
-
 def make_model(config, sizes, platform: str | None = None, memory: float | None = None) -> DeepGen:
   """The networks as training runs them on a platform ("cpu", "gpu", "tpu") whose devices have that many bytes of memory; None:
   what is there.
@@ -77,7 +72,7 @@ def make_model(config, sizes, platform: str | None = None, memory: float | None 
   remat = config.remat
   if remat == "auto":
     memory = memory or sharding.device_memory()
-    remat = "attention" if memory and memory < _ROOMY else "dots"
+    remat = "attention" if memory and memory < sharding.ROOMY else "dots"
   if remat not in REMAT:
     raise UserError(f"config.remat {remat!r} is none of auto, {', '.join(REMAT)}")
   attention = {"auto": "splash" if platform == "tpu" else "xla"}.get(config.attention, config.attention)
@@ -85,7 +80,8 @@ def make_model(config, sizes, platform: str | None = None, memory: float | None 
     raise UserError(f"config.attention {config.attention!r} is neither auto, xla nor splash")
   if attention == "splash" and platform != "tpu":
     raise UserError(f"config.attention=splash runs on TPU alone, not on {platform}; use auto or xla")
-  return DeepGen(sizes, compute_dtype(config.dtype, platform), config.unroll, remat, attention)
+  frozen = sharding.frozen_layout(config.frozen, memory)
+  return DeepGen(sizes, compute_dtype(config.dtype, platform), config.unroll, remat, attention, frozen)
 
 
 def complete(config, model: DeepGen, params, mesh=None) -> dict:
