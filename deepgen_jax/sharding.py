@@ -108,7 +108,7 @@ def param_shardings(params, mesh: Mesh):
 
 
 # A device of this much memory has room for what "auto" settings would rather keep than compute or gather again. At full size:
-# all that any stage keeps frozen, 12 GB in bfloat16, and the results of a block's products, 5 GiB for a sample with a reference.
+# all that any stage keeps frozen, 12 GB in bfloat16, and the results of blocks' products, 5 GiB for a sample with a reference.
 ROOMY = 64 * 2**30
 
 
