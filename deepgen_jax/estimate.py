@@ -203,7 +203,7 @@ def main() -> int:
   config = load_config(arguments.config, overrides)
   report = estimate(config, arguments.topology, arguments.prompt_tokens, arguments.steps)
   show(config, report)
-  gaps = {"prompt_tokens": arguments.prompt_tokens, "side": SIZES[config.size].image_size}
+  gaps = {"prompt_tokens": arguments.prompt_tokens, "side": supervised.at_image_size(config, SIZES[config.size]).image_size}
   print(GAPS.format(attention=topology(arguments.topology)[0].attention, **gaps))
   if config.data.precomputed:
     print("- images come precomputed: neither the VAE nor the vision tower encodes any, but both stay in memory.")

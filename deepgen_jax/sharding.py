@@ -122,9 +122,11 @@ def frozen_layout(layout: str, memory: float | None = None) -> str:
 
 
 def frozen_shardings(frozen, mesh: Mesh, layout: str):
-  """NamedSharding of what doesn't train: "fsdp" as `param_shardings`; "whole" without that axis, so that no step gathers it."""
+  """NamedSharding of what doesn't train, as config.frozen says: "fsdp" like `param_shardings`; "whole" without that axis, so
+  that no step gathers it.
+  """
   split = param_shardings(frozen, mesh)
-  if layout == "fsdp":
+  if frozen_layout(layout) == "fsdp":
     return split
   without = lambda spec: PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
   return jax.tree.map(lambda sharding: NamedSharding(mesh, without(sharding.spec)), split)

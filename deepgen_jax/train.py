@@ -54,8 +54,7 @@ def _train(config, workdir: epath.Path, stop: distributed.Stop) -> None:
 
   trainable, frozen = sharding.partition(stage.init(), config.trainable)
   trainable = jax.tree.map(lambda x: x.astype(np.float32), trainable)
-  frozen = in_compute_dtype(frozen, stage.dtype)
-  frozen = sharding.place(frozen, sharding.frozen_shardings(frozen, mesh, sharding.frozen_layout(config.frozen)))
+  frozen = sharding.place(in_compute_dtype(frozen, stage.dtype), sharding.frozen_shardings(frozen, mesh, config.frozen))
   fresh, state_shardings, step = jit_step(config, stage, trainable, mesh)
   ckpt = checkpoint.Checkpointer(workdir, **config.checkpoint)
   restored = ckpt.restore(jax.eval_shape(fresh, trainable), mesh)

@@ -207,6 +207,16 @@ def test_sft_trains_the_dit_and_lora_and_can_be_loaded(whole, align, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, after["vlm"]["vision"], before["vlm"]["vision"])
 
 
+def test_it_trains_at_another_image_size_which_its_workdir_remembers(base, align, tmp_path):
+  assert load_model(base)[0].image_size == 64
+  workdir = align(tmp_path / "run", 1, "--config.data.image_size=96", "--config.data.pattern=('generate',)")
+  assert load_model(workdir)[0].image_size == 96 and np.isfinite(rows(workdir)[0]["loss"])
+  for side, problem in ((90, "image_size 90: give a multiple of 32 up to"), (64000, "image_size 64000: give")):
+    with pytest.raises(UserError, match=problem):
+      align(tmp_path / "other", 1, f"--config.data.image_size={side}")
+  assert not (tmp_path / "other" / "config.json").exists()
+
+
 def test_a_workdir_opens_on_other_devices(whole):
   """Written on eight devices, read where there is one."""
   code = (

@@ -159,7 +159,18 @@ def load_base(config, mesh):
   tied = lambda text: dataclasses.replace(text, tie_word_embeddings=True)  # training never reads the head
   if (sizes.dit, tied(sizes.text)) != (wanted.dit, tied(wanted.text)):
     raise UserError(f"config.init {config.init!r} holds another size of model than config.size={config.size!r}")
-  return sizes, params, tokenizer
+  return at_image_size(config, sizes), params, tokenizer
+
+
+def at_image_size(config, sizes):
+  """Sizes of a model with the side that the config trains at. Raises UserError for a side that it can't have."""
+  side = config.data.image_size
+  limit = sizes.dit.pos_embed_max_size * sizes.dit.patch_size * sizes.vae.factor
+  if side % 32 or not 0 <= side <= limit:
+    raise UserError(
+      f"config.data.image_size {side}: give a multiple of 32 up to {limit}, or 0 for the model's {sizes.image_size}"
+    )
+  return dataclasses.replace(sizes, image_size=side) if side else sizes
 
 
 def make_held_out(data) -> dict:

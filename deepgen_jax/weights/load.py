@@ -366,5 +366,6 @@ def _open_workdir(folder: epath.Path, weights: str, parts: Sequence[str], bases:
     if part in parts:
       leaves.setdefault(part, {})[path] = tensor
   sizes = {name: getattr(below.config, name) for name in (*_SIZES, "scb")}
+  sizes["image_size"] = config["data"].get("image_size") or sizes["image_size"]
   kept = factors or below.factors
   return Opened(str(folder), "training workdir", sizes, leaves, factors=kept, tokenizer=below.tokenizer_dir)
