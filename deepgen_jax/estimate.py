@@ -37,8 +37,9 @@ from deepgen_jax.stages import grpo, supervised
 GIB = 2**30
 GAPS = """\
 how step_s is modelled, and what it leaves out:
-- each operation takes its roofline time (the compiler's optimal_seconds), weighted by how often loops run through the
-  compiler's cycle estimates; step_s_slow takes those estimates themselves, higher for what memory bounds. Nothing ran.
+- step_s_slow adds the compiler's cycle estimates, loops times their trips. step_s scales them to the compiler's roofline
+  (optimal_seconds, which knows no trips): right where loops and the rest have the same share of it. The same work written as
+  one loop or as six has been seen to differ by a tenth. Nothing ran.
 - attention kernels (Pallas) have no estimate: their FLOPs, the whole score matrix and what the backward pass repeats, at
   {attention:.0%} of peak, an assumption.
 - collectives cost their bytes over one axis of the torus; those that start early are hidden behind what runs meanwhile.
