@@ -30,9 +30,9 @@ class Instruction:
 
   @property
   def cycles(self) -> int:
-    """The compiler's estimate; 0 where it has none."""
+    """The compiler's estimate; 0 where it has none, which it may also write as the largest number of 64 bits."""
     found = _CYCLES.search(self.rest)
-    return int(found[1]) if found else 0
+    return int(found[1]) if found and int(found[1]) < 2**62 else 0
 
   def attribute(self, name: str) -> str:
     """A called computation's name, as in `body=%name`."""

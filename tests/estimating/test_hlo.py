@@ -57,6 +57,7 @@ def test_loops_count_their_trips_and_a_conditional_its_dearest_branch():
   cost = program_cost(TEXT, bytes_per_cycle=1.0)
   assert (cost.cycles, cost.once, cost.branch, cost.unknown_trips) == (550, 150, 40, 0)
   assert program_cost(TEXT.replace("constant(5)", "parameter(1)"), 1.0).unknown_trips == 1
+  assert program_cost(TEXT.replace('cycles":"100"', f'cycles":"{2**63 - 1}"'), 1.0).cycles == 50  # none
 
 
 @pytest.mark.parametrize("speed, exposed", [(1.0, 96), (0.1, 96 + 192 - 50), (1e9, 96)])
