@@ -159,6 +159,15 @@ def test_precomputed_images_are_not_encoded(monkeypatch):
   assert spared.parts.keys() == {"generate", "edit"} and spared.flops == 4 * 11 and spared.resident == plan.resident
 
 
+def test_a_larger_image_is_more_work(monkeypatch):
+  monkeypatch.setitem(SIZES, "tiny", CONFIG)
+  options = ["data.pattern=generate", "data.text_buckets=(128,)"]
+  small, large = (
+    plans.sample_flops(load_config("configs/sft.py:tiny", [*options, f"data.image_size={side}"]), 50) for side in (64, 128)
+  )
+  assert 3.9 < large["moments"] / small["moments"] < 4.5 and large["generate"] > small["generate"]
+
+
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
   """The compiler refuses; the report is printed all the same, with what it asked for on top of what is resident."""
 

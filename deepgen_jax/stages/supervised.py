@@ -81,7 +81,7 @@ def make_model(config, sizes, platform: str | None = None, memory: float | None 
   if attention == "splash" and platform != "tpu":
     raise UserError(f"config.attention=splash runs on TPU alone, not on {platform}; use auto or xla")
   frozen = sharding.frozen_layout(config.frozen, memory)
-  return DeepGen(sizes, compute_dtype(config.dtype, platform), config.unroll, remat, attention, frozen)
+  return DeepGen(at_image_size(config, sizes), compute_dtype(config.dtype, platform), config.unroll, remat, attention, frozen)
 
 
 def complete(config, model: DeepGen, params, mesh=None) -> dict:
