@@ -278,13 +278,16 @@ def recorded(config_json: str) -> str:
 
 
 def check_config(workdir: epath.Path, config_json: str) -> None:
-  """Compares with the config that the workdir was made with; raises UserError for a difference that would change the run."""
+  """Compares with the config that the workdir was made with; raises UserError for a difference that would change the run.
+
+  A key that one of them lacks, being of another version, is off there: 0, False or empty.
+  """
   file = workdir / "config.json"
   if not file.exists():
     return
   old, new = (_flat_json(json.loads(recorded(text))) for text in (json.dumps(read_config(workdir)), config_json))
   fixed = lambda key: not key.startswith(MAY_CHANGE)
-  changed = [k for k in sorted(old.keys() | new.keys()) if fixed(k) and old.get(k) != new.get(k)]
+  changed = [k for k in sorted(old.keys() | new.keys()) if fixed(k) and (old.get(k) or None) != (new.get(k) or None)]
   if changed:
     shown = "; ".join(f"{k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in changed[:5])
     moved = "init" in changed and "://" not in old["init"] and not os.path.exists(old["init"])

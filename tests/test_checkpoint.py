@@ -290,6 +290,16 @@ def test_a_damaged_config_is_a_user_error(tmp_path):
         use()
 
 
+def test_a_workdir_of_a_version_without_a_key_goes_on_where_the_key_is_off(tmp_path):
+  values = json.loads(config_json("tiny"))
+  del values["data"]["image_size"]
+  (tmp_path / "config.json").write_text(json.dumps(values))
+  checkpoint.check_config(epath.Path(tmp_path), config_json("tiny"))
+  larger = to_json(load_config("configs/align.py:tiny", ["init=tiny", "data.image_size=96"]))
+  with pytest.raises(UserError, match=r"data\.image_size: None there, 96 now"):
+    checkpoint.check_config(epath.Path(tmp_path), larger)
+
+
 def test_a_workdir_records_where_its_model_is(tmp_path, monkeypatch):
   """As a whole path: it may be opened, and named again, from anywhere; "tiny" and object stores stay as they are."""
   workdir, other = epath.Path(tmp_path / "run"), tmp_path / "elsewhere"
