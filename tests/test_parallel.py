@@ -72,7 +72,7 @@ def make_batch(tokenizer) -> dict:
   return batch | {"references": references, "vision": draw(8, 4, 32)}
 
 
-def make_step(stage: str, mesh, layout: str):
+def make_step(stage: str, mesh, layout: str = "fsdp"):
   """-> (compiled step, state, frozen, rng): an update is two micro-batches."""
   config = {"align": align, "sft": sft, "grpo": grpo}[stage].get_config("tiny")
   if stage == "grpo":
