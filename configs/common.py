@@ -47,7 +47,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
       # KIND:PATH or a dict of uri, weight (counts among the sources of a task) and options: see deepgen_jax/data/mixture.py
       "sources": ({"uri": "emoji", "weight": 0.9}, {"uri": "words", "weight": 0.1}, "emoji-edits"),
       "batch_size": 8 if tiny else 64,  # samples of a micro-batch, all devices together
-      "image_size": 0,  # images are brought to about its square of pixels, a multiple of 32; 0: the model's (full: 512)
+      "image_size": 0,  # images get about its square of pixels; a multiple of 32, with edits up to 928; 0: the model's
       "pattern": ("generate",),  # tasks of the micro-batches of one update
       "text_buckets": (116, 256) if tiny else (64, 128, 256, 384, 512, 1024),  # tiny: every emoji prompt fits the first
       "caption_dropout": 0.1,

@@ -69,7 +69,7 @@ def estimate(config, name: str, prompt_tokens: int = 100, steps: int = 50) -> di
   plan = make_plan(config, mesh, prompt_tokens, chip.hbm)
   resident = sum(plan.resident.values())
   report = {"topology": name, "chips": len(devices), "hbm_gib": chip.hbm / GIB, "fits": True}
-  report |= {f"{key}_gib": value / GIB for key, value in plan.resident.items()} | {"remat": plan.remat}
+  report |= {f"{key}_gib": value / GIB for key, value in plan.resident.items()} | {"remat": plan.remat, "frozen": plan.frozen}
   report |= dict.fromkeys(("activations_gib", "peak_gib", "step_s", "step_s_slow", "mfu", "images_per_s", "model_tflops"))
   compiled: dict[str, Program] = {}
   try:
@@ -143,7 +143,8 @@ def _compile_seconds(compiled: dict[str, Program]) -> float:
 def advice(config, report: dict) -> str:
   """What to do about a step that doesn't fit."""
   less = {"none": "remat=dots", "dots": "remat=attention", "attention": "remat=full"}.get(report["remat"])
-  tries = [f"--config.{less}"] if less else []
+  tries = ["--config.frozen=fsdp"] if report["frozen"] == "whole" and config.mesh.fsdp != 1 else []
+  tries += [f"--config.{less}"] if less else []
   if config.mesh.fsdp not in (-1, report["chips"]):
     tries.append(f"--config.mesh.data=1 --config.mesh.fsdp={report['chips']}")
   if config.stage == "grpo":
@@ -164,6 +165,7 @@ def show(config, report: dict) -> None:
   print(f"{report['topology']}, {report['chips']} chips, {report['hbm_gib']:.2f} GiB each")
   line("fits", "yes" if report["fits"] else "no")
   line("remat", report["remat"])
+  line("frozen parameters", report["frozen"])
   for name in ("parameters", "optimizer", "activations", "peak"):
     if (value := report[f"{name}_gib"]) is not None:
       line(f"{name}, GiB a chip", f"{value:.2f}")

@@ -168,6 +168,13 @@ def test_a_larger_image_is_more_work(monkeypatch):
   assert 3.9 < large["moments"] / small["moments"] < 4.5 and large["generate"] > small["generate"]
 
 
+def test_an_image_size_leaves_room_for_an_edits_text():
+  size = lambda *options: supervised.at_image_size(load_config("configs/sft.py:full", [*options]), SIZES["full"]).image_size
+  assert (size(), size("data.image_size=928"), size("data.image_size=1024", "data.pattern=generate")) == (512, 928, 1024)
+  with pytest.raises(UserError, match="image_size 960: a reference of 900 tokens leaves an edit's text less than 128"):
+    size("data.image_size=960")
+
+
 def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
   """The compiler refuses; the report is printed all the same, with what it asked for on top of what is resident."""
 
@@ -175,7 +182,8 @@ def test_what_does_not_fit_says_what_to_try(monkeypatch, capsys):
     raise OutOfMemory(109 * 2**30, whole=False)
 
   monkeypatch.setattr(estimate, "compile_program", refuse)
-  with pytest.raises(UserError, match=r"peak 109.0 GiB of 95.7: try --config.remat=dots or --config.data.batch_size=2"):
+  tries = "--config.frozen=fsdp or --config.remat=dots or --config.data.batch_size=2"
+  with pytest.raises(UserError, match=rf"peak 109\.0 GiB of 95\.7: try {tries}"):
     run(monkeypatch, capsys)
 
 

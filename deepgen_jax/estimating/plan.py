@@ -49,13 +49,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-  """resident: bytes throughout, "parameters" and "optimizer". images, flops: of an update. remat: what blocks keep."""
+  """resident: bytes throughout, "parameters" and "optimizer". images, flops: of an update. remat, frozen: what
+  "auto" came to.
+  """
 
   resident: dict[str, float]
   parts: dict[str, Part]
   images: float
   flops: float
   remat: str
+  frozen: str
 
 
 def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
@@ -92,7 +95,7 @@ def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
   runs = {task: tasks.count(task) for task in tasks} | pictures
   supervised_flops = size * sum(count * flops[name] for name, count in runs.items())
   if config.stage == "supervised":
-    return Plan(resident, learned(1.0), len(tasks) * size, supervised_flops, model.remat)
+    return Plan(resident, learned(1.0), len(tasks) * size, supervised_flops, model.remat, model.frozen)
 
   g = config.grpo
   share = 1 / g.sft_every / len(tasks) if g.sft_weight else 0.0  # the pattern's micro-batches in turn, one an update
@@ -100,7 +103,7 @@ def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
   parts, beside = _rollout_parts(config, model, mesh, state, frozen, prompt_tokens, train)
   parts |= learned(share, beside) if share else {}
   trained = images * (flops["rollout"] + _trained_steps(config, model) * flops["policy"])
-  return Plan(resident, parts, images, trained + share * supervised_flops, model.remat)
+  return Plan(resident, parts, images, trained + share * supervised_flops, model.remat, model.frozen)
 
 
 def _weights(config, rows: int) -> dict:

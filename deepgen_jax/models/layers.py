@@ -21,7 +21,7 @@ from deepgen_jax.models.splash import SAVED, splash_attention
 BACKENDS = ("xla", "splash", "splash_interpret")
 
 # What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
-# the attention kernel; those of the kernel; its input alone.
+# attention; those of attention; its input alone.
 _POLICIES = jax.checkpoint_policies
 REMAT = {
   "none": None,

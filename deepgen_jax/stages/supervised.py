@@ -11,6 +11,7 @@ import numpy as np
 
 from deepgen_jax import distributed, sharding
 from deepgen_jax.data import emoji as emoji_data
+from deepgen_jax.data import prompts
 from deepgen_jax.data.encoded import Precomputed, encoder_facts
 from deepgen_jax.data.loader import DataSpec, MicroBatches
 from deepgen_jax.data.mixture import is_embedded, open_sources
@@ -162,13 +163,24 @@ def load_base(config, mesh):
   return at_image_size(config, sizes), params, tokenizer
 
 
+_TEXT = 128  # tokens of an edit's prompt besides its vision tokens, that there must be room for: template and instruction
+
+
 def at_image_size(config, sizes):
-  """Sizes of a model with the side that the config trains at. Raises UserError for a side that it can't have."""
+  """Sizes of a model with the side that the config trains at. Raises UserError for a side that it can't have, or at which a
+  reference leaves an edit's prompt no room for its text.
+  """
   side = config.data.image_size
   limit = sizes.dit.pos_embed_max_size * sizes.dit.patch_size * sizes.vae.factor
   if side % 32 or not 0 <= side <= limit:
     raise UserError(
       f"config.data.image_size {side}: give a multiple of 32 up to {limit}, or 0 for the model's {sizes.image_size}"
+    )
+  tokens = prompts.image_tokens(side, side)
+  if "edit" in config.data.pattern and tokens + _TEXT > prompts.MAX_TOKENS:
+    raise UserError(
+      f"config.data.image_size {side}: a reference of {tokens} tokens leaves an edit's text less than {_TEXT} of a prompt's "
+      f"{prompts.MAX_TOKENS}; train at a smaller one, or without edits (--config.data.pattern=generate)"
     )
   return dataclasses.replace(sizes, image_size=side) if side else sizes
 
