@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from deepgen_jax.models import cudnn
 from deepgen_jax.models.lora import LoraKernel, lora_delta, lora_embedding
 from deepgen_jax.models.plain import plain_attention
 from deepgen_jax.models.splash import SAVED, splash_attention
 
-BACKENDS = ("xla", "splash", "splash_interpret")
+BACKENDS = ("xla", "splash", "cudnn", "splash_interpret", "cudnn_interpret")
 
 # What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
 # attention; those of attention; its input alone.
@@ -61,11 +62,14 @@ def attention(
 
   A query sees the keys of its own segment (int [B,T] and [B,S]; by convention 0 is padding, so that padded rows see padded
   rows and stay finite), and with `causal_offset` only keys at positions <= its own index + offset. Scale 1/sqrt(D),
-  softmax in float32. backend: "xla" anywhere, "splash" on TPU, "splash_interpret" the latter's program on any platform.
+  softmax in float32. backend: "xla" anywhere, "splash" on TPU, "cudnn" on NVIDIA GPUs (segments of 0 and 1; what its kernel
+  can't do, a second causal stream, goes to "xla"), with "_interpret" their programs on any platform.
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention back end {backend!r} is none of {', '.join(BACKENDS)}")
-  if backend != "xla":
+  if backend.startswith("cudnn") and cudnn.fits(q, k, causal_offset):
+    return cudnn.cudnn_attention(q, k, v, q_segments, kv_segments, causal_offset is not None, backend == "cudnn_interpret")
+  if backend.startswith("splash"):
     return splash_attention(q, k, v, q_segments, kv_segments, causal_offset, backend == "splash_interpret")
   mask = None
   if q_segments is not None:

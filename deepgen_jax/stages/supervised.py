@@ -65,6 +65,9 @@ def build(config, mesh) -> Stage:
   )
 
 
+_KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # an attention kernel -> the platform that it is for
+
+
 def make_model(config, sizes, platform: str | None = None, memory: float | None = None) -> DeepGen:
   """The networks as training runs them on a platform ("cpu", "gpu", "tpu") whose devices have that many bytes of memory; None:
   what is there.
@@ -77,12 +80,16 @@ def make_model(config, sizes, platform: str | None = None, memory: float | None 
   if remat not in REMAT:
     raise UserError(f"config.remat {remat!r} is none of auto, {', '.join(REMAT)}")
   attention = {"auto": "splash" if platform == "tpu" else "xla"}.get(config.attention, config.attention)
-  if attention not in ("xla", "splash"):
-    raise UserError(f"config.attention {config.attention!r} is neither auto, xla nor splash")
-  if attention == "splash" and platform != "tpu":
-    raise UserError(f"config.attention=splash runs on TPU alone, not on {platform}; use auto or xla")
+  if attention not in ("xla", *_KERNELS):
+    raise UserError(f"config.attention {config.attention!r} is none of auto, xla, {', '.join(_KERNELS)}")
+  if platform != _KERNELS.get(attention, platform):
+    where = _KERNELS[attention].upper()
+    raise UserError(f"config.attention={attention} runs on {where} alone, not on {platform}; use auto or xla")
+  dtype = compute_dtype(config.dtype, platform)
+  if attention == "cudnn" and dtype != jnp.bfloat16:
+    raise UserError(f"config.attention=cudnn computes in bfloat16, and config.dtype is {config.dtype}; use auto or xla")
   frozen = sharding.frozen_layout(config.frozen, memory)
-  return DeepGen(at_image_size(config, sizes), compute_dtype(config.dtype, platform), config.unroll, remat, attention, frozen)
+  return DeepGen(at_image_size(config, sizes), dtype, config.unroll, remat, attention, frozen)
 
 
 def complete(config, model: DeepGen, params, mesh=None) -> dict:
