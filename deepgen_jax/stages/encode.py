@@ -23,23 +23,22 @@ from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 class ImageEncoder:
   """Encodes uint8 images [H,W,3] by size, in programs of a fixed batch, so that an image's result doesn't depend on its
   neighbours. With a cache it depends on history which images are encoded together and in which rows, and rows may differ in the
-  last bit: there each image is computed by itself, one after the other in one program.
+  last bit: there each image has a program's run to itself.
 
   Of several processes each encodes its own samples, however many that are, on its own devices and with its own copy of the
   parameters: they never train outside of their pre-training.
   """
 
   def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0, mesh=None):
-    """batch: images of a program; with a mesh, of each device in it (one process, no cache)."""
+    """batch: images of a program (with a cache: one); with a mesh, of each device in it (one process, no cache)."""
     self._sharding = None if mesh is None or cache or jax.process_count() > 1 else sharding.batch_sharding(mesh)
     self.batch = batch if self._sharding is None else batch * mesh.shape["data"] * mesh.shape["fsdp"]
-    self._cache_size = cache
+    self._cache_size, self._rows = cache, 1 if cache else self.batch
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
     self._copies: dict[str, Mapping] = {}
     features = lambda params, images: (model.vision_features(params, images),)
-    wrap = _one_by_one if cache else lambda encode: encode
     program = jax.jit if self._sharding is None else partial(sharding.jit, mesh=mesh)
-    self.programs = {"moments": program(wrap(model.encode_moments)), "features": program(wrap(features))}
+    self.programs = {"moments": program(model.encode_moments), "features": program(features)}
 
   def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
     """-> (mean, log-variance) of each image, [h,w,c]."""
@@ -60,10 +59,10 @@ class ImageEncoder:
     params = self._here(program, params)
     for shape in {image.shape for image in missing.values()}:
       group = [(key, image) for key, image in missing.items() if image.shape == shape]
-      for start in range(0, len(group), self.batch):
-        part = group[start : start + self.batch]
+      for start in range(0, len(group), self._rows):
+        part = group[start : start + self._rows]
         stacked = np.stack([image for _, image in part])
-        stacked = np.concatenate([stacked, np.zeros((self.batch - len(part), *shape), np.uint8)])
+        stacked = np.concatenate([stacked, np.zeros((self._rows - len(part), *shape), np.uint8)])
         if self._sharding is not None:
           stacked = jax.device_put(stacked, self._sharding)
         outputs = [np.asarray(x) for x in self.programs[program](params, stacked)]
@@ -85,11 +84,6 @@ class ImageEncoder:
       mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
       self._copies[program] = distributed.whole_on(params, sharding.param_shardings(params, mesh))
     return self._copies[program]
-
-
-def _one_by_one(encode: Callable) -> Callable:
-  """encode(params, images [B,...]) -> tuple of arrays [B,...], as a loop over images."""
-  return lambda params, images: jax.lax.map(lambda image: tuple(x[0] for x in encode(params, image[None])), images)
 
 
 def encode_batch(
