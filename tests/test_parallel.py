@@ -4,6 +4,7 @@ with its advantages and the step that learns from it.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from deepgen_jax import sharding
 from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.sources import Sample
 from deepgen_jax.models import lora
-from deepgen_jax.models.config import DiTConfig, SCBConfig, VAEConfig
+from deepgen_jax.models.config import TINY, DiTConfig, SCBConfig, VAEConfig
 from deepgen_jax.models.deepgen import Conditioning, DeepGen, pad_tokens
 from deepgen_jax.pipeline import DeepGenPipeline, sample_images
 from deepgen_jax.rl.advantages import advantages
@@ -244,3 +245,20 @@ def test_a_rollout_and_its_update_are_those_of_one_device(kind, alone_reinforced
   same_gradients(ours[1], theirs[1])
   np.testing.assert_allclose(ours[2], theirs[2], atol=1e-5)
   assert theirs[2][0] == theirs[2][1] != theirs[2][2] and np.abs(theirs[0]["advantage"]).min() > 0
+
+
+def test_the_vae_gathers_kernels_and_no_images():
+  """Left to itself the compiler splits channels as the kernels are split, and every device has all images."""
+  mesh, model = sharding.make_mesh({"data": 1, "fsdp": 8}), DeepGen(TINY)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ("vae",)))
+  place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+  params = jax.tree.map(place, shapes, sharding.param_shardings(shapes, mesh))
+  dealt = sharding.batch_sharding(mesh)
+  kernels = {x.shape for x in jax.tree.leaves(shapes)}
+  latents = jax.ShapeDtypeStruct((16, 8, 8, 16), np.float32, sharding=dealt)
+  images = jax.ShapeDtypeStruct((16, 64, 64, 3), np.uint8, sharding=dealt)
+  for method, x in ((model.decode, latents), (model.encode_moments, images)):
+    text = sharding.jit(method, mesh).lower(params, x).compile(compiler_options=FAST).as_text()
+    moved = re.findall(r"= \w+\[([\d,]+)\]\S* all-(?:gather|reduce|to-all)", text)
+    assert moved
+    assert {tuple(map(int, shape.split(","))) for shape in moved} <= kernels

@@ -13,6 +13,7 @@ from jax import Array
 
 from deepgen_jax.models.config import VAEConfig
 from deepgen_jax.models.layers import Linear, attention
+from deepgen_jax.sharding import keep_dealt
 
 LOGVAR_RANGE = (-30.0, 20.0)
 
@@ -71,7 +72,7 @@ class Conv(nn.Module):
       padding=(padding, padding),
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    return y + bias.astype(x.dtype)
+    return keep_dealt(y + bias.astype(x.dtype))
 
 
 class ResBlock(nn.Module):
