@@ -89,6 +89,7 @@ def options(tmp_path_factory):
       "optim.schedule": "constant",
       "optim.warmup": 0.0,
       "data.dir": data,
+      "data.cache_images": 0,  # each process deals its images to its devices
       "init": base,
     }
     settings = [f"--config.{key}={value}" for key, value in small.items()]

@@ -31,7 +31,7 @@ from deepgen_jax.estimating.inputs import (
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages import rollouts, supervised
-from deepgen_jax.stages.encode import ImageEncoder
+from deepgen_jax.stages.encode import ImageEncoder, images_per_device
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
       batch = train_batch(config, model, task, prompt_tokens, size)
       batch |= jax.eval_shape(lambda: _weights(config, size)) if config.stage == "grpo" else {}
       parts[task] = Part(train(batch), runs * tasks.count(task), beside, updates=True)
-    encoder = ImageEncoder(model, mesh=mesh)
+    encoder = ImageEncoder(model, images_per_device(size, mesh), mesh=mesh)
     side = model.config.image_size
     images = dealt(jax.ShapeDtypeStruct((encoder.batch, side, side, 3), np.uint8), mesh)
     needed = {"moments": {"vae": frozen["vae"]}, "features": {"vlm": {"vision": frozen["vlm"]["vision"]}}}
     for name, count in pictures.items():
       lower = lambda name=name: encoder.programs[name].lower(needed[name], images)
-      parts[name] = Part(lower, runs * -(-count * size // encoder.batch), beside)
+      parts[name] = Part(lower, runs * count * -(-size // encoder.batch), beside)
     return parts
 
   flops = sample_flops(config, prompt_tokens)

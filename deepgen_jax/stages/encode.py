@@ -30,14 +30,19 @@ class ImageEncoder:
   """
 
   def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0, mesh=None):
-    """batch: images of a program (with a cache: one); with a mesh, of each device in it (one process, no cache)."""
-    self._sharding = None if mesh is None or cache or jax.process_count() > 1 else sharding.batch_sharding(mesh)
-    self.batch = batch if self._sharding is None else batch * mesh.shape["data"] * mesh.shape["fsdp"]
+    """batch: images of a program, or of each device in it where a mesh deals them (of several processes: each's own devices);
+    with a cache, one.
+    """
+    if jax.process_count() > 1:
+      mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
+    self._mesh, dealt = mesh, mesh is not None and not cache
+    self._sharding = sharding.batch_sharding(mesh) if dealt else None
+    self.batch = batch * mesh.shape["data"] * mesh.shape["fsdp"] if dealt else batch
     self._cache_size, self._rows = cache, 1 if cache else self.batch
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
     self._copies: dict[str, Mapping] = {}
     features = lambda params, images: (model.vision_features(params, images),)
-    program = jax.jit if self._sharding is None else partial(sharding.jit, mesh=mesh)
+    program = partial(sharding.jit, mesh=mesh) if dealt else jax.jit
     self.programs = {"moments": program(model.encode_moments), "features": program(features)}
 
   def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -81,9 +86,13 @@ class ImageEncoder:
     if jax.process_count() == 1:
       return params
     if program not in self._copies:
-      mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-      self._copies[program] = distributed.whole_on(params, sharding.param_shardings(params, mesh))
+      self._copies[program] = distributed.whole_on(params, sharding.param_shardings(params, self._mesh))
     return self._copies[program]
+
+
+def images_per_device(batch_size: int, mesh) -> int:
+  """Images of an encoder's program on each device: the share of a micro-batch that it holds, up to 8."""
+  return max(1, min(8, batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])))
 
 
 def encode_batch(

@@ -31,7 +31,7 @@ from deepgen_jax.rl.advantages import KINDS as ADVANTAGES
 from deepgen_jax.rl.rollout import make_velocity, replay
 from deepgen_jax.rl.sde import KINDS as SAMPLERS
 from deepgen_jax.stages import step as step_lib
-from deepgen_jax.stages.encode import ImageEncoder, encode_batch
+from deepgen_jax.stages.encode import ImageEncoder, encode_batch, images_per_device
 from deepgen_jax.stages.objective import sample_loss
 from deepgen_jax.stages.rollouts import INPUTS, Answers, Judges, Rollouts, reward_scalars
 from deepgen_jax.stages.stage import Report, Stage
@@ -67,7 +67,7 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   practice = micro_batches(config, sizes, tokenizer, mesh, params) if g.sft_weight else None
   loaded = [params]  # taken out once: training's own copy shall be the only one
   del params
-  encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
+  encoder = ImageEncoder(model, images_per_device(config.data.batch_size, mesh), cache=config.data.cache_images, mesh=mesh)
   pipes: list[DeepGenPipeline] = []  # made of the first weights that are seen
 
   def pipe(params) -> DeepGenPipeline:

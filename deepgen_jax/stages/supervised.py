@@ -23,7 +23,7 @@ from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.models.layers import REMAT
 from deepgen_jax.pipeline import DeepGenPipeline
-from deepgen_jax.stages.encode import ImageEncoder, encode_batch
+from deepgen_jax.stages.encode import ImageEncoder, encode_batch, images_per_device
 from deepgen_jax.stages.objective import sample_loss
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights.load import load_model
@@ -36,7 +36,7 @@ def build(config, mesh) -> Stage:
   batches = micro_batches(config, sizes, tokenizer, mesh, params)
   loaded = [params]  # taken out once: training's own copy shall be the only one
   del params
-  encoder = ImageEncoder(model, cache=config.data.cache_images, mesh=mesh)
+  encoder = ImageEncoder(model, images_per_device(config.data.batch_size, mesh), cache=config.data.cache_images, mesh=mesh)
   encode = lambda params, host: encode_batch(model, params, encoder, host, config.data.token_multiple, model.scale)
 
   held_out = None  # a user's own data has none
