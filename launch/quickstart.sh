@@ -46,7 +46,7 @@ train sft "${small[@]}" --config.steps=200 --config.eval.every=0 --config.checkp
 evaluate sft "$output/sft"
 # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
 emoji="(('emoji',{'emoji_similarity':1.0}),)"
-train grpo "--config.init=$output/sft" --config.steps=20 --config.eval.every=0 --config.grpo.sft_weight=0 \
+train grpo "--config.init=$output/sft" --config.steps=12 --config.eval.every=0 --config.grpo.sft_weight=0 \
   --config.grpo.kl_weight=0 "--config.grpo.rewards=$emoji"
 evaluate grpo "$output/grpo"
 

@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
+from deepgen_jax import sharding
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.stages.encode import ImageEncoder
+from deepgen_jax.stages.encode import ImageEncoder, images_per_device
 from tests.small import CONFIG, draw_params, random_image
 
 
@@ -36,3 +37,10 @@ def test_sizes_are_grouped_and_results_are_the_models(setup):
       expected = model.encode_moments(params, image[None])
       np.testing.assert_allclose(mean, expected[0][0], rtol=1e-4, atol=1e-4)
       np.testing.assert_allclose(logvar, expected[1][0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_size, rows", [(4, 8), (8, 8), (16, 16), (64, 64), (256, 64)])
+def test_a_program_has_a_micro_batchs_rows(batch_size, rows):
+  """Dealt over eight devices, and at most eight on each."""
+  mesh = sharding.make_mesh({"data": 2, "fsdp": 4})
+  assert ImageEncoder(DeepGen(CONFIG), images_per_device(batch_size, mesh), mesh=mesh).batch == rows
