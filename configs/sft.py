@@ -6,7 +6,7 @@ python -m deepgen_jax.train --config configs/sft.py:full --workdir gs://... --co
 
 Measured, tiny: held-out loss 0.352 -> 0.342 in 150 updates. After align with 900 updates, --config.steps=240 (8 min):
 0.308 -> 0.304, and in retrieval generation R@1 3.1 %, R@5 16.9 %, edit R@1 42.8 %, R@5 71.2 %. More in README.md. As in stage 1
---config.data.batch_size=4 with more updates learns more: 0.337 -> 0.324 in 300.
+--config.data.batch_size=4 with more updates does well: 0.337 -> 0.324 in 300.
 
 python -m deepgen_jax.train --config configs/sft.py:full_lora --workdir runs/lora --config.init=PATH       modelled: 14.4 GiB
 
