@@ -61,6 +61,10 @@ def start(spec: str) -> None:
   except (ValueError, RuntimeError, TypeError) as error:
     hint = "say who takes part with HOST:PORT/COUNT/INDEX" if spec == "auto" else "are all started, and is the address right?"
     raise UserError(f"config.distributed={spec}: the processes of this run don't find each other ({error}); {hint}") from error
+  if jax.default_backend() == "cpu":
+    # A program that XLA loads from disk for a CPU has lost the order of its collectives (each one's thunk has a communicator of
+    # its own then), and those of two processes cross: "Received data size doesn't match", or a wrong sum.
+    jax.config.update("jax_enable_compilation_cache", False)
 
 
 def is_main() -> bool:
@@ -140,8 +144,13 @@ def forget(name: str) -> None:
 
 
 def whole_on(tree, shardings):
-  """A tree of arrays that several processes hold, in shardings over each one's own devices; called by all, leaf by leaf."""
-  return jax.tree.map(lambda x, s: jax.device_put(gathered(x), s), tree, shardings)
+  """A tree of arrays that lie on the devices of all processes, in shardings over each one's own; called by all.
+
+  One program gathers all of them: a collective for each leaf would compile and wait as often as there are leaves.
+  """
+  everywhere = NamedSharding(jax.tree.leaves(tree)[0].sharding.mesh, PartitionSpec())
+  whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
+  return jax.tree.map(lambda x, s: jax.device_put(x.addressable_data(0), s), whole, shardings)
 
 
 class Stop:
