@@ -146,7 +146,8 @@ def forget(name: str) -> None:
 def whole_on(tree, shardings):
   """A tree of arrays that lie on the devices of all processes, in shardings over each one's own; called by all.
 
-  One program gathers all of them: a collective for each leaf would compile and wait as often as there are leaves.
+  One program gathers all of them, and each device holds the whole tree for a moment: one for each leaf would compile and wait
+  as often as there are leaves.
   """
   everywhere = NamedSharding(jax.tree.leaves(tree)[0].sharding.mesh, PartitionSpec())
   whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
