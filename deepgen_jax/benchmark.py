@@ -2,7 +2,8 @@
 
 On a CPU every case runs in four ways, in turn, on the same cores: ours; diffusers or transformers as installed; the same with
 the fast sgemm that MKL keeps for Intel's processors; and that with torch.compile. Weights and inputs are the same, and what
-comes out is compared before anything is timed. On a GPU or TPU ours is timed alone. The case `data` is the loader's, per core.
+comes out is compared before anything is timed. On a GPU or TPU ours is timed alone, and there are cases of the full model: a
+train step of `--config` and the sampler, with their MFU. The case `data` is the loader's, per core.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ import numpy as np
 from jax.extend.backend import clear_backends
 from safetensors.numpy import save_file
 
-from deepgen_jax.benchmarking import data
-from deepgen_jax.benchmarking.cases import ACCELERATOR, CASES, CPU, GUIDANCE, OPTIM, Sizes, build, export
+from deepgen_jax.benchmarking import data, full
+from deepgen_jax.benchmarking.cases import ACCELERATOR, CASES, CPU, GUIDANCE, OPTIM, Job, Sizes, build, export
+from deepgen_jax.benchmarking.full import FULL_CASES, PEAKS, FullJob
 from deepgen_jax.benchmarking.torch_process import TorchProcess, WorkerError, build_fast_sgemm
-from deepgen_jax.cli import parse, start_command
+from deepgen_jax.cli import parse, split_overrides, start_command
+from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError, nearest, run_command
 
-ALL_CASES = (*CASES, "data")
+ALL_CASES = (*CASES, "data", *FULL_CASES)
 TOLERANCE = {"dit_train_256": 1e-3, "dit_train_1024": 1e-3, "sampler": 1e-3}  # gradients and several steps
 FORWARD_TOLERANCE = 1e-4
 _FLOOR = 1e-4  # an array is held to at least this share of the largest one: a gradient may be zero but for rounding
@@ -47,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     epilog="example: python -m deepgen_jax.benchmark dit_forward_256 vae_decode --json",
     allow_abbrev=False,
   )
-  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all of them: {' '.join(ALL_CASES)}")
+  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all that run here of {' '.join(ALL_CASES)}")
   parser.add_argument("--json", action="store_true", help="one JSON object a line")
   parser.add_argument("--rounds", type=int, default=5, help="each round runs every side once")
   parser.add_argument("--threads", type=int, default=1, help="cores, and threads of either side, on a CPU")
@@ -58,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     "--images_per_s", type=float, default=10.0, help="of the case data: what one chip trains on (estimate says)"
   )
   parser.add_argument("--image_size", type=int, default=512, help="of the case data: what samples are brought to, in pixels")
+  parser.add_argument("--config", default="configs/sft.py:full", help="of the full cases: a config of stage 1 or 2")
+  parser.add_argument("--config.KEY", metavar="VALUE", help="overrides a key of it, e.g. --config.data.batch_size=16")
   return parser
 
 
@@ -154,12 +159,20 @@ def compare_with_torch(name: str, sizes: Sizes, *, rounds: int, threads: int, cl
   return summarise(times) | {"max_rel_error": error, "versions": versions() | eager.versions, "notes": notes}
 
 
-def measure_alone(name: str, sizes: Sizes, rounds: int) -> dict:
-  """Measures our side of one case, wherever JAX runs; -> the fields of its JSON object."""
-  job, _ = build(name, sizes)
+def measure_alone(job: Job | FullJob, rounds: int) -> dict:
+  """Measures our side of one case, wherever JAX runs; -> the fields of its JSON object. A full case has the model's FLOPs of a
+  run (real tokens, nothing computed twice), images a second, and MFU where the device's peak is known.
+  """
   job.run()
   times = alternate({"ours": lambda: measure_ours(job.run)}, rounds, "wall")
-  return summarise(times) | {"max_rel_error": None, "versions": versions(), "notes": ["PyTorch is measured on CPUs alone"]}
+  record = summarise(times) | {"max_rel_error": None, "versions": versions(), "notes": ["PyTorch is measured on CPUs alone"]}
+  if not isinstance(job, FullJob):
+    return record
+  seconds, peak = record["ours_ms"] / 1000, PEAKS.get(jax.devices()[0].device_kind)
+  mfu = None if peak is None else job.flops / seconds / peak / job.settings["devices"]
+  memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  measured = {"model_tflops": job.flops / 1e12, "images_per_s": job.images / seconds, "mfu": mfu}
+  return record | job.settings | measured | {"peak_gib": memory and memory / 2**30}
 
 
 def versions() -> dict[str, str]:
@@ -198,16 +211,22 @@ def to_line(record: Mapping) -> str:
     return "\n".join([text, *(f"  {note}" for note in record["notes"])])
   shown = lambda key: "-" if record[key] is None else f"{record[key]:.4g}"
   columns = ("ours_ms", "torch_eager_ms", "torch_fast_ms", "torch_compile_ms", "ratio", "ratio_compile", "max_rel_error")
+  if record["name"] in FULL_CASES:
+    columns = ("ours_ms", "batch", "images_per_s", "model_tflops", "mfu", "peak_gib", "devices", "attention", "remat")
+    shown = lambda key: f"{value:.4g}" if isinstance(value := record[key], float) else str(value)
   text = f"{record['name']:<17}" + "  ".join(f"{key} {shown(key)}" for key in columns)
   return "\n".join([text, *(f"  {note}" for note in record["notes"])])
 
 
 def main() -> None:
   start_command()
-  arguments = parse(build_parser(), sys.argv[1:])
+  rest, overrides = split_overrides(sys.argv[1:])
+  arguments = parse(build_parser(), rest)
   check(arguments)
   on_cpu = jax.default_backend() == "cpu"
-  cases = arguments.cases or ALL_CASES
+  cases = arguments.cases or [name for name in ALL_CASES if not on_cpu or name not in FULL_CASES]
+  if on_cpu and (unfit := [name for name in cases if name in FULL_CASES]):
+    raise UserError(f"{unfit[0]} needs a GPU or TPU; here there is a CPU. `python -m deepgen_jax.estimate` models its step")
   if on_cpu and set(cases) != {"data"}:
     check_torch()
   sizes = CPU if on_cpu else ACCELERATOR
@@ -229,8 +248,10 @@ def main() -> None:
       record = data.measure(arguments.image_size, arguments.rounds, clock, arguments.images_per_s) | {"versions": versions()}
     elif on_cpu:
       record = compare_with_torch(name, sizes, rounds=arguments.rounds, threads=arguments.threads, clock=arguments.clock)
+    elif name in FULL_CASES:
+      record = measure_alone(full.build(name, load_config(arguments.config, overrides)), arguments.rounds)
     else:
-      record = measure_alone(name, sizes, arguments.rounds)
+      record = measure_alone(build(name, sizes)[0], arguments.rounds)
     record = {"name": name, **record, **where, "load_average": load}
     print(json.dumps(record) if arguments.json else to_line(record), flush=True)
 

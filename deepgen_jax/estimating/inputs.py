@@ -63,7 +63,13 @@ def references_of(task: str) -> int:
 
 
 def train_batch(config, model: DeepGen, task: str, prompt_tokens: int, size: int, padded: bool = True) -> dict:
-  """A micro-batch of `size` equal samples, as `encode_batch` gives it: square images of the model's size, an edit with one
+  """Shapes of a micro-batch of `size` samples such as `blank_sample`."""
+  sample = blank_sample(config, model, task, prompt_tokens, padded)
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), sample)
+
+
+def blank_sample(config, model: DeepGen, task: str, prompt_tokens: int, padded: bool = True) -> dict:
+  """A micro-batch of one, as `encode_batch` gives it: square images of the model's size, encoded as zeros, an edit with one
   reference, a prompt of `prompt_tokens` besides vision tokens. padded: to the config's buckets and multiples.
   """
   side = model.config.image_size
@@ -78,8 +84,7 @@ def train_batch(config, model: DeepGen, task: str, prompt_tokens: int, size: int
   room = {"target": side**2, "references": len(references) * side**2}
   host = {"sample_id": np.zeros(1, np.uint32), "target": [image], "references": [references], "extents": room, **texts}
   multiple = config.data.token_multiple if padded else 1
-  batch = encode_batch(model, {}, _Blank(model), host, multiple, lambda mean: mean)
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), batch)
+  return encode_batch(model, {}, _Blank(model), host, multiple, lambda mean: mean)
 
 
 class _Blank:

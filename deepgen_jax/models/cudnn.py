@@ -11,9 +11,16 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def fits(q: Array, k: Array, causal_offset: int | None) -> bool:
-  """Whether the kernel can do it: a causal mask must begin with the first key (a second stream's queries begin later)."""
-  return causal_offset is None or (causal_offset == 0 and q.shape[1] == k.shape[1])
+def fits(q: Array, k: Array, causal_offset: int | None, interpret: bool) -> bool:
+  """Whether the kernel can do it: 16-bit floats (parameters are made by float32 tracing), and a causal mask that begins with
+  the first key (a second stream's queries begin later).
+  """
+  return (interpret or q.dtype.itemsize == 2) and (causal_offset is None or (causal_offset == 0 and q.shape[1] == k.shape[1]))
+
+
+def is_result(primitive, *_, **__) -> bool:
+  """A remat policy: keeps what the forward kernel gives, the output and the softmax's normaliser, which JAX gives no names."""
+  return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def cudnn_attention(
@@ -30,16 +37,33 @@ def cudnn_attention(
   if q_segments is None:
     return attend(q, k, v)
   q_order, kv_order = _real_first(q_segments), _real_first(kv_segments)
-  move = lambda x, order: jnp.take_along_axis(x, order[..., None, None], axis=1)
   lengths = {
     "query_seq_lengths": (q_segments != 0).sum(1, dtype=jnp.int32),
     "key_value_seq_lengths": (kv_segments != 0).sum(1, dtype=jnp.int32),
   }
-  out = attend(move(q, q_order), move(k, kv_order), move(v, kv_order), **lengths)
+  out = attend(_move(q, *q_order), _move(k, *kv_order), _move(v, *kv_order), **lengths)
   out = jnp.where((jnp.arange(q.shape[1]) < lengths["query_seq_lengths"][:, None])[..., None, None], out, 0)
-  return move(out, jnp.argsort(q_order, axis=1))
+  return _move(out, *q_order[::-1])
 
 
-def _real_first(segments: Array) -> Array:
-  """segments int [B,T] -> the order int [B,T] that has a row's real tokens first, otherwise unchanged."""
-  return jnp.argsort(segments == 0, axis=1, stable=True)
+def _real_first(segments: Array) -> tuple[Array, Array]:
+  """segments int [B,T] -> the order int [B,T] that has a row's real tokens first, otherwise unchanged, and its inverse."""
+  order = jnp.argsort(segments == 0, axis=1, stable=True)
+  return order, jnp.argsort(order, axis=1)
+
+
+@jax.custom_vjp
+def _move(x: Array, order: Array, inverse: Array) -> Array:
+  """x [B,T,...] with tokens in that order. Its gradient is moved back, where that of an index would be scattered."""
+  return jnp.take_along_axis(x, order[..., None, None], axis=1)
+
+
+def _move_forward(x, order, inverse):
+  return _move(x, order, inverse), (order, inverse)
+
+
+def _move_backward(orders, gradient):
+  return _move(gradient, *orders[::-1]), None, None
+
+
+_move.defvjp(_move_forward, _move_backward)

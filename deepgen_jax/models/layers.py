@@ -24,10 +24,11 @@ BACKENDS = ("xla", "splash", "cudnn", "splash_interpret", "cudnn_interpret")
 # What a scanned block keeps for its backward pass (the rest is computed again): everything; results of its linears and of
 # attention; those of attention; its input alone.
 _POLICIES = jax.checkpoint_policies
+_ATTENTION = _POLICIES.save_from_both_policies(_POLICIES.save_only_these_names(SAVED), cudnn.is_result)
 REMAT = {
   "none": None,
-  "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(SAVED)),
-  "attention": _POLICIES.save_only_these_names(SAVED),
+  "dots": _POLICIES.save_from_both_policies(_POLICIES.dots_with_no_batch_dims_saveable, _ATTENTION),
+  "attention": _ATTENTION,
   "full": _POLICIES.nothing_saveable,
 }
 
@@ -67,10 +68,11 @@ def attention(
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention back end {backend!r} is none of {', '.join(BACKENDS)}")
-  if backend.startswith("cudnn") and cudnn.fits(q, k, causal_offset):
-    return cudnn.cudnn_attention(q, k, v, q_segments, kv_segments, causal_offset is not None, backend == "cudnn_interpret")
+  interpret = backend.endswith("_interpret")
+  if backend.startswith("cudnn") and cudnn.fits(q, k, causal_offset, interpret):
+    return cudnn.cudnn_attention(q, k, v, q_segments, kv_segments, causal_offset is not None, interpret)
   if backend.startswith("splash"):
-    return splash_attention(q, k, v, q_segments, kv_segments, causal_offset, backend == "splash_interpret")
+    return splash_attention(q, k, v, q_segments, kv_segments, causal_offset, interpret)
   mask = None
   if q_segments is not None:
     mask = q_segments[:, :, None] == kv_segments[:, None, :]
