@@ -6,7 +6,6 @@ and, where a rollout makes the samples, its forward passes and decoding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -160,8 +159,8 @@ def sample_flops(config, prompt_tokens: int) -> dict[str, float]:
   """FLOPs of one sample by task (forward and backward), of one image's VAE encoding ("moments") and vision tokens ("features");
   in stage 3 also of making one image ("rollout") and of one timestep's gradient ("policy", with the KL's reference).
   """
-  checked = supervised.make_model(config, SIZES[config.size], "tpu", math.inf)
-  plain = DeepGen(checked.config, checked.dtype)  # no remat, attention as plain products
+  dtype = supervised.compute_dtype(config.dtype, "tpu")
+  plain = DeepGen(supervised.at_image_size(config, SIZES[config.size]), dtype)  # no remat, attention as plain products
   complete, learning = stage_parts(config)
   params = jax.eval_shape(lambda key: complete(config, plain, plain.init(key)), jax.random.key(0))
   trainable, frozen = sharding.partition(params, config.trainable)

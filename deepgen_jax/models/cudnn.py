@@ -1,7 +1,8 @@
 """Attention on NVIDIA GPUs by cuDNN's fused kernel: no score matrix in memory, forward or backward.
 
 The kernel knows padding as lengths: a row's real tokens come first. Ours may have padding between them (prompt, padding, think
-tokens), so that tokens are moved to the front for the kernel and back after it; a causal order among them stays as it is.
+tokens), so that keys and values are moved to the front for the kernel; under a causal mask queries too, and the result back,
+so that the order among them stays as it is.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def is_result(primitive, *_, **__) -> bool:
 def cudnn_attention(
   q: Array, k: Array, v: Array, q_segments: Array | None, kv_segments: Array | None, causal: bool, interpret: bool
 ) -> Array:
-  """As `layers.attention`, for segments of 0 (padding) and 1; padded rows become zero.  q [B,T,H,D] and k, v [B,S,K,D] in
-  bfloat16 or float16, D at most 128 and a multiple of 8 -> [B,T,H,D].
+  """As `layers.attention`, for segments of 0 (padding) and 1, but that padded rows become something finite.  q [B,T,H,D] and
+  k, v [B,S,K,D] in bfloat16 or float16, D at most 128 and a multiple of 8 -> [B,T,H,D].
 
   interpret: the same around JAX's own products, on any platform and in any dtype, for tests.
   """
@@ -36,14 +37,14 @@ def cudnn_attention(
   )
   if q_segments is None:
     return attend(q, k, v)
-  q_order, kv_order = _real_first(q_segments), _real_first(kv_segments)
-  lengths = {
-    "query_seq_lengths": (q_segments != 0).sum(1, dtype=jnp.int32),
-    "key_value_seq_lengths": (kv_segments != 0).sum(1, dtype=jnp.int32),
-  }
-  out = attend(_move(q, *q_order), _move(k, *kv_order), _move(v, *kv_order), **lengths)
-  out = jnp.where((jnp.arange(q.shape[1]) < lengths["query_seq_lengths"][:, None])[..., None, None], out, 0)
-  return _move(out, *q_order[::-1])
+  order = _real_first(kv_segments)
+  keys = jnp.maximum((kv_segments != 0).sum(1, dtype=jnp.int32), 1)  # of padding alone: what comes out is finite
+  k, v = _move(k, *order), _move(v, *order)
+  if not causal:  # whose queries may stay where they are; those of padding see real keys too
+    return attend(q, k, v, query_seq_lengths=jnp.full_like(keys, q.shape[1]), key_value_seq_lengths=keys)
+  out = attend(_move(q, *order), k, v, query_seq_lengths=keys, key_value_seq_lengths=keys)
+  out = jnp.where((jnp.arange(q.shape[1]) < keys[:, None])[..., None, None], out, 0)
+  return _move(out, *order[::-1])
 
 
 def _real_first(segments: Array) -> tuple[Array, Array]:
