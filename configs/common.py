@@ -22,7 +22,7 @@ def get_config(size: str = "tiny") -> ConfigDict:
   # where what doesn't train lies on a mesh: "fsdp" (split over it, like the rest), "whole" (on each of its devices: nothing to
   # gather in a step) or "auto" (whole on devices of 64 GiB or more)
   c.frozen = "auto"
-  c.attention = "auto"  # "splash" (TPU), "cudnn" (NVIDIA GPUs) or "xla"; "auto": splash on TPU, else xla
+  c.attention = "auto"  # "splash" (TPU), "cudnn" (NVIDIA GPUs, bfloat16) or "xla"; "auto": what there is a kernel for
   c.unroll = tiny  # write scans over layers out: faster on CPU, slow to compile at full size
   c.max_programs = 16  # compiled train steps: tasks x reference counts x text buckets
   c.max_nonfinite = 10  # updates in a row with a non-finite loss before the run stops

@@ -31,6 +31,7 @@ from deepgen_jax.models import lora
 from deepgen_jax.models.config import DeepGenConfig
 from deepgen_jax.models.deepgen import PARTS, Conditioning, DeepGen, pad_tokens, token_budget
 from deepgen_jax.models.dit import patchify, unpatchify
+from deepgen_jax.models.layers import best_attention
 from deepgen_jax.weights import diffusers, model_dir
 from deepgen_jax.weights.load import open_weights
 from deepgen_jax.weights.tensors import in_memory
@@ -58,9 +59,9 @@ class DeepGenPipeline:
       raise UserError(f"the model lacks {', '.join(missing)}{why}")
     on_cpu = jax.default_backend() == "cpu"
     self.config, self.tokenizer, self.mesh = config, tokenizer, mesh or _one_device()
-    attention = "splash" if jax.default_backend() == "tpu" else "xla"
     unroll = on_cpu and config.text.num_layers <= UNROLLED_LAYERS
-    self.model = DeepGen(config, _dtype(dtype), unroll, attention=attention)
+    dtype = _dtype(dtype)
+    self.model = DeepGen(config, dtype, unroll, attention=best_attention(jax.default_backend(), dtype))
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = sharding.place(merged, sharding.param_shardings(merged, self.mesh))
     program = lambda fn: sharding.jit(fn, self.mesh)
@@ -261,7 +262,7 @@ class DeepGenPipeline:
 
 def jit_sampler(model: DeepGen, mesh) -> Callable:
   """The jitted `sample_images` of a model."""
-  return sharding.jit(partial(sample_images, model), mesh, static_argnames=("size", "guided"))
+  return sharding.jit(partial(sample_images, model), mesh, sampler=True, static_argnames=("size", "guided"))
 
 
 def sample_images(model: DeepGen, params, noise, cond, target, references, sigmas, guidance, *, size, guided: bool):
@@ -270,7 +271,7 @@ def sample_images(model: DeepGen, params, noise, cond, target, references, sigma
   noise: tokens [B,N,patch_dim]. With guidance, cond, target and references hold each sample's negative and positive branch in
   turn.  size: (h, w) of the latents.
   """
-  prepared = model.prepare(params, cond, target, references)
+  prepared = model.prepare(params, cond, target, references, apart=model.unroll or model.attention == "cudnn")
 
   def velocity(x, timestep):
     x = jnp.repeat(x, 2, axis=0) if guided else x

@@ -261,17 +261,25 @@ _V5E_OPTIONS = {
 }
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-  """What the compiler is told about programs on a mesh."""
+# On GPUs products are cuBLAS's: nothing else was measured. The compiler makes one product of several with the same input, and
+# copies their kernels side by side for it: in a sampler at every step.
+_GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
+_GPU_SAMPLER_OPTIONS = _GPU_OPTIONS | {"xla_gpu_dot_merger_threshold_mb": "0"}
+
+
+def compiler_options(mesh: Mesh, sampler: bool = False) -> dict[str, str | bool] | None:
+  """What the compiler is told about programs on a mesh. sampler: the program's steps run the same kernels again and again."""
   device = mesh.devices.flat[0]
+  if device.platform in ("gpu", "cuda"):
+    return _GPU_SAMPLER_OPTIONS if sampler else _GPU_OPTIONS
   if device.platform != "tpu" or mesh.shape["fsdp"] == 1:
     return None
   return _TPU_OPTIONS | (_V5E_OPTIONS if device.device_kind in ("TPU v5 lite", "TPU v5e") else {})
 
 
-def jit(fn: Callable, mesh: Mesh, **options) -> Callable:
+def jit(fn: Callable, mesh: Mesh, *, sampler: bool = False, **options) -> Callable:
   """`jax.jit(fn, **options)` as a program on that mesh: see `on_mesh` and `compiler_options`."""
-  return jax.jit(on_mesh(mesh, fn), compiler_options=compiler_options(mesh), **options)
+  return jax.jit(on_mesh(mesh, fn), compiler_options=compiler_options(mesh, sampler), **options)
 
 
 def _traced_mesh():

@@ -50,25 +50,24 @@ class FullJob:
 
 
 def build(name: str, config, devices=None) -> FullJob:
-  """Compiles a case of a config of stages 1 or 2, on all devices. Training: a micro-batch of `config.data.batch_size` and the
-  optimizer's update after it. The sampler: 1 or 8 images on each device, parameters whole on it, encoded prompts.
+  """Compiles a case of a config of stages 1 or 2, on all devices. Training: one update, of as many micro-batches as the config
+  has, all of the one task. The sampler: 1 or 8 images on each device, parameters whole on it, prompts encoded.
   """
   mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   model = supervised.make_model(config, SIZES[config.size])
   _, _, kind = name.partition("_")
   settings = {"attention": model.attention, "remat": model.remat, "devices": mesh.size}
   if not kind.startswith("sampler"):
-    run, flops, batch = _train(config, model, mesh, kind)
-    return FullJob(run, flops, batch, settings | {"batch": batch})
+    return FullJob(*_train(config, model, mesh, kind), settings | {"batch": config.data.batch_size})
   mesh = sharding.make_mesh({"data": -1}, devices)
   batch = mesh.size * int(kind.rpartition("_")[2])
   return FullJob(*_sampler(model, mesh, batch), batch, settings | {"batch": batch, "steps": STEPS})
 
 
 def _train(config, model: DeepGen, mesh, task: str) -> tuple[Callable, float, int]:
-  size = config.data.batch_size
+  size, micro = config.data.batch_size, len(config.data.pattern)
   with config.unlocked():
-    config.data.pattern = (task,)  # every run ends an update
+    config.data.pattern = (task,) * micro
   step, state, frozen, _ = train_programs(config, model, mesh)
   state, frozen = draw((state, frozen))
   rows = jax.tree.map(lambda x: np.repeat(np.asarray(x), size, axis=0), blank_sample(config, model, task, PROMPT_TOKENS))
@@ -79,10 +78,11 @@ def _train(config, model: DeepGen, mesh, task: str) -> tuple[Callable, float, in
 
   def run():
     nonlocal state
-    state, metrics = jax.block_until_ready(step(state, frozen, batch, rng))
-    return metrics
+    for _ in range(micro):  # as in training, the next is asked for before one is done
+      state, metrics = step(state, frozen, batch, rng)
+    return jax.block_until_ready((state, metrics))[1]
 
-  return run, size * sample_flops(config, PROMPT_TOKENS)[task], size
+  return run, micro * size * sample_flops(config, PROMPT_TOKENS)[task], micro * size
 
 
 def _sampler(model: DeepGen, mesh, batch: int) -> tuple[Callable, float]:

@@ -7,9 +7,17 @@ so that the order among them stays as it is.
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+
+def is_available() -> bool:
+  """Whether the GPU here has these kernels: NVIDIA's do from Ampere on. Yes where none is: the program is for one elsewhere."""
+  capability = getattr(jax.devices()[0], "compute_capability", "9.0")
+  return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
 def fits(q: Array, k: Array, causal_offset: int | None, interpret: bool) -> bool:

@@ -22,7 +22,7 @@ from jax import Array
 
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import DeepGenConfig
-from deepgen_jax.models.dit import DiT, crop_positions, patchify
+from deepgen_jax.models.dit import DiT, Prepared, crop_positions, patchify
 from deepgen_jax.models.scb import SCB
 from deepgen_jax.models.text import TextDecoder
 from deepgen_jax.models.vae import VAE, scale_latents, unscale_latents
@@ -153,11 +153,15 @@ class DeepGen:
     pooled, context = self.scb.apply({"params": params["scb"]}, jnp.concatenate(states, axis=-1), mask)
     return Conditioning(pooled, context, mask)
 
-  def prepare(self, params: Mapping, cond: Conditioning, target: Mapping, references: Mapping | None = None):
-    """Everything of the DiT that no timestep changes. target: positions, mask; references: tokens, positions, mask."""
+  def prepare(
+    self, params: Mapping, cond: Conditioning, target: Mapping, references: Mapping | None = None, apart: bool = False
+  ) -> Prepared:
+    """Everything of the DiT that no timestep changes. target: positions, mask; references: tokens, positions, mask; apart:
+    see `DiT.prepare`.
+    """
     extra = () if references is None else (references["tokens"].astype(self.dtype), references["positions"], references["mask"])
     args = (cond.context.astype(self.dtype), cond.mask, cond.pooled.astype(self.dtype), target["positions"], target["mask"])
-    return self.dit.apply({"params": params["dit"]}, *args, *extra, method="prepare")
+    return self.dit.apply({"params": params["dit"]}, *args, *extra, apart=apart, method="prepare")
 
   def velocity(self, params: Mapping, tokens: Array, timestep: Array, prepared) -> Array:
     """Noisy tokens float32 [B,N,patch_dim], timestep [B] in 0..1000 -> velocity float32 of that shape."""

@@ -21,7 +21,7 @@ from jax import Array
 
 from deepgen_jax.models.config import DiTConfig
 from deepgen_jax.models.layers import Linear, RMSNorm, attention, layer_norm, merge_heads, split_heads, stack
-from deepgen_jax.sharding import keep_dealt
+from deepgen_jax.sharding import keep_dealt, map_paths
 
 
 def patchify(latents, patch_size: int = 2):
@@ -78,6 +78,7 @@ class Prepared:
   target_segments: Array
   references: Array | None = None
   reference_segments: Array | None = None
+  layers: tuple | None = None  # parameters of each block of each run, where they were taken apart
 
 
 def _modulate(x, shift, scale):
@@ -179,8 +180,10 @@ class DiT(nn.Module):
     reference_tokens: Array | None = None,
     reference_positions: Array | None = None,
     reference_mask: Array | None = None,
+    apart: bool = False,
   ) -> Prepared:
-    """Embeds conditioning once.
+    """Embeds conditioning once. apart: takes the blocks' parameters out of their stacks, which on a GPU and a CPU are copied
+    at every step otherwise; for samplers, as a gradient would have to put them together again.
 
     context [B,L,D], context_mask bool [B,L], pooled [B,P]; positions int [B,N,2] and mask bool [B,N] of the target tokens;
     reference_tokens [B,R,patch_dim] with positions [B,R,2] and mask [B,R], all references of a sample one after the other.
@@ -197,6 +200,7 @@ class DiT(nn.Module):
       target_segments=mask.astype(jnp.int32),
       references=references,
       reference_segments=reference_mask,
+      layers=self._layers(context.dtype) if apart else None,
     )
 
   def velocity(self, tokens: Array, timestep: Array, prepared: Prepared) -> Array:
@@ -209,14 +213,27 @@ class DiT(nn.Module):
     features = timestep_features(timestep).astype(x.dtype)
     temb = jax.nn.silu(self.time_fc2(jax.nn.silu(self.time_fc1(features))) + prepared.pooled)
     streams = (x, prepared.context)
-    for block in self.blocks:
-      streams, _ = block(streams, temb, (segments, prepared.context_segments))
+    segments = (segments, prepared.context_segments)
+    for i, (block, (_, dual, last)) in enumerate(zip(self.blocks, block_runs(self.config))):
+      if prepared.layers is None:
+        streams, _ = block(streams, temb, segments)
+        continue
+      single = Block(self.config, dual, last, self.attention, parent=None)
+      for layer in prepared.layers[i]:
+        streams, _ = single.apply({"params": layer}, streams, temb, segments)
     scale, shift = jnp.split(self.out_modulation(temb), 2, axis=-1)
     return self.out(_modulate(streams[0][:, : tokens.shape[1]], shift, scale))
 
   def __call__(self, tokens: Array, timestep: Array, *args, **kwargs) -> Array:
     """`velocity` on top of `prepare(*args, **kwargs)`."""
     return self.velocity(tokens, timestep, self.prepare(*args, **kwargs))
+
+  def _layers(self, dtype) -> tuple:
+    """Parameters of each block of each run, biases as `linear` would cast them at every step."""
+    layer = lambda stack, i: map_paths(lambda path, x: x[i].astype(dtype if path.endswith("/bias") else x.dtype), stack)
+    stacks = [block.variables["params"] for block in self.blocks]
+    lengths = [length for length, *_ in block_runs(self.config)]
+    return tuple(tuple(layer(stack, i) for i in range(length)) for stack, length in zip(stacks, lengths))
 
   def _embed_positions(self, positions, dtype):
     table = jnp.asarray(position_table(self.config))

@@ -33,6 +33,13 @@ REMAT = {
 }
 
 
+def best_attention(platform: str, dtype) -> str:
+  """The back end of BACKENDS for a platform ("cpu", "gpu", "tpu") and a compute dtype."""
+  if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and cudnn.is_available():
+    return "cudnn"
+  return "splash" if platform == "tpu" else "xla"
+
+
 def linear(x: Array, kernel: Array | LoraKernel, bias: Array | None = None) -> Array:
   """x [..., in], kernel [in, out], bias [out] -> [..., out], in the dtype of x. A LoraKernel adds scale * (drop(x) a) b."""
   base = kernel.kernel if isinstance(kernel, LoraKernel) else kernel

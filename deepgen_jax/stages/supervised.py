@@ -21,7 +21,7 @@ from deepgen_jax.heldout import HeldOut
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
-from deepgen_jax.models.layers import REMAT
+from deepgen_jax.models.layers import REMAT, best_attention
 from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch, images_per_device
 from deepgen_jax.stages.objective import sample_loss
@@ -79,13 +79,13 @@ def make_model(config, sizes, platform: str | None = None, memory: float | None 
     remat = "attention" if memory and memory < sharding.ROOMY else "dots"
   if remat not in REMAT:
     raise UserError(f"config.remat {remat!r} is none of auto, {', '.join(REMAT)}")
-  attention = {"auto": "splash" if platform == "tpu" else "xla"}.get(config.attention, config.attention)
+  dtype = compute_dtype(config.dtype, platform)
+  attention = best_attention(platform, dtype) if config.attention == "auto" else config.attention
   if attention not in ("xla", *_KERNELS):
     raise UserError(f"config.attention {config.attention!r} is none of auto, xla, {', '.join(_KERNELS)}")
   if platform != _KERNELS.get(attention, platform):
     where = _KERNELS[attention].upper()
     raise UserError(f"config.attention={attention} runs on {where} alone, not on {platform}; use auto or xla")
-  dtype = compute_dtype(config.dtype, platform)
   if attention == "cudnn" and dtype != jnp.bfloat16:
     raise UserError(f"config.attention=cudnn computes in bfloat16, and config.dtype is {config.dtype}; use auto or xla")
   frozen = sharding.frozen_layout(config.frozen, memory)
