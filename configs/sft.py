@@ -8,10 +8,10 @@ Measured, tiny: held-out loss 0.352 -> 0.342 in 150 updates. After align with 90
 0.308 -> 0.304, and in retrieval generation R@1 3.1 %, R@5 16.9 %, edit R@1 42.8 %, R@5 71.2 %. More in README.md. As in stage 1
 --config.data.batch_size=4 with more updates does well: 0.337 -> 0.324 in 300.
 
-python -m deepgen_jax.train --config configs/sft.py:full_lora --workdir runs/lora --config.init=PATH       modelled: 14.4 GiB
+python -m deepgen_jax.train --config configs/sft.py:full_lora --workdir runs/lora --config.init=PATH       compiled: 13.3 GiB
 
 `full_lora` is meant for one GPU of 24 GB: LoRA on the DiT's attention, everything else frozen in bfloat16, two samples at a
-time: 14.4 GiB as compiled for a chip of v6e. `--config.data.sources` says on what.
+time: 13.3 GiB as compiled for such a GPU, 14.4 for a chip of v6e. `--config.data.sources` says on what.
 
 `full` follows the reference's config; its 400,000 micro-iterations are 133,333 updates here. Departure: LoRA sits where a
 gradient arrives (the decoder layers that SCB reads and the embedding), not on the vision tower, the last layer and the head.

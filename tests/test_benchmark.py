@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,8 +13,11 @@ pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
 from deepgen_jax import benchmark
-from deepgen_jax.benchmarking import torch_process
+from deepgen_jax.benchmarking import full, torch_process
+from deepgen_jax.config import load_config
 from deepgen_jax.errors import run_command
+from deepgen_jax.models.config import SIZES as SIZES_BY_NAME
+from tests import small
 from tests.benchmarking.test_cases import SIZES
 
 FIELDS = {"name", "ours_ms", "torch_eager_ms", "torch_fast_ms", "torch_compile_ms", "ratio", "ratio_compile", "max_rel_error"}
@@ -64,6 +68,26 @@ def test_alone():
   assert "vlm_prefill" in benchmark.to_line({"name": "vlm_prefill", **record})
 
 
+@pytest.mark.parametrize("name, images", [("full_edit", 4 * 2), ("full_sampler_1", 1)])
+def test_full_programs(name, images, monkeypatch):
+  """What a GPU or TPU runs at full size, here small and on a CPU whose peak is known."""
+  monkeypatch.setitem(benchmark.PEAKS, "cpu", 1e12)
+  monkeypatch.setattr(full, "STEPS", 2)
+  monkeypatch.setitem(SIZES_BY_NAME, "tiny", small.CONFIG)
+  config = load_config("configs/align.py:tiny", ["data.batch_size=2", "unroll=false"])
+  job = full.build(name, config, jax.devices()[:1])
+  result = job.run()
+  if name == "full_edit":  # an update was made, of random numbers that stay finite
+    assert float(result["skipped"]) == 0 and float(result["grad_norm"]) > 0
+  else:
+    assert result[0].shape == (1, 64, 64, 3) and np.isfinite(result[0]).all() and np.std(result[0]) > 0
+  record = benchmark.measure_alone(job, rounds=2)
+  seconds = record["ours_ms"] / 1000
+  assert record["images_per_s"] == pytest.approx(images / seconds)
+  assert record["mfu"] == pytest.approx(record["model_tflops"] / seconds) and record["model_tflops"] > 1e-4
+  assert "mfu" in benchmark.to_line({"name": name, **record})
+
+
 def test_sides_take_turns():
   order = []
   side = lambda name: lambda: order.append(name) or {"wall": len(order), "cpu": 0.5}
@@ -110,6 +134,7 @@ def test_a_process_that_ends_early_says_why(tmp_path):
     (["dit_forward_265"], "unknown case 'dit_forward_265'. Did you mean 'dit_forward_256'?"),
     (["--rounds", "0"], "--rounds 0: must be at least 1"),
     (["--threads", "999"], "--threads 999: this process may use"),
+    (["full_edit"], "full_edit needs a GPU or TPU; here there is a CPU"),
     (["--jsn"], "unknown option '--jsn'. Did you mean '--json'?"),
   ],
 )

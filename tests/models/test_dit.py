@@ -197,6 +197,20 @@ def test_padding_is_invisible(params, samples):
   assert jax.tree.all(jax.tree.map(np.array_equal, grads, other_grads))
 
 
+def test_layers_apart(params, samples):
+  """A sampler's way: the same blocks, with parameters that were taken out of their stacks beforehand."""
+
+  @jax.jit
+  def apart(params, tokens, timestep, *conditioning):
+    prepared = MODEL.apply({"params": params}, *conditioning, apart=True, method="prepare")
+    return MODEL.apply({"params": params}, tokens, timestep, prepared, method="velocity"), prepared.layers
+
+  inputs = collate(samples)
+  ours, layers = apart(params, *inputs)
+  assert [len(run) for run in layers] == [2, 1, 1]
+  np.testing.assert_allclose(ours, apply_with_gradients(params, *inputs)[0], atol=1e-5)
+
+
 def test_gradients(model, params, samples):
   model.zero_grad()
   theirs = [as_torch(s) for s in samples]

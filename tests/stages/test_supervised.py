@@ -12,8 +12,9 @@ from deepgen_jax.stages.supervised import make_model
   "platform, options, expected",
   [
     ("tpu", [], "splash"),
-    ("gpu", [], "xla"),
-    ("gpu", ["attention=cudnn"], "cudnn"),
+    ("gpu", [], "cudnn"),
+    ("gpu", ["dtype=float32"], "xla"),
+    ("gpu", ["attention=xla"], "xla"),
     ("tpu", ["attention=xla"], "xla"),
     ("gpu", ["attention=splash"], UserError(r"config.attention=splash runs on TPU alone, not on gpu")),
     ("cpu", ["attention=cudnn"], UserError(r"config.attention=cudnn runs on GPU alone, not on cpu")),
