@@ -245,7 +245,7 @@ def _sampler(model, params, sizes, size):
   sigmas = inference_sigmas(model.config.scheduler, sizes.steps, target["mask"].shape[1])
 
   def sample(params, noise, cond, target, sigmas):
-    prepared = model.prepare(params, cond, target)
+    prepared = model.prepare(params, cond, target, apart=True)
 
     def velocity(x, timestep):
       v = model.velocity(params, jnp.repeat(x, 2, axis=0), jnp.full((2,), timestep), prepared)

@@ -36,7 +36,7 @@ def cudnn_attention(
   q: Array, k: Array, v: Array, q_segments: Array | None, kv_segments: Array | None, causal: bool, interpret: bool
 ) -> Array:
   """As `layers.attention`, for segments of 0 (padding) and 1, but that padded rows become something finite.  q [B,T,H,D] and
-  k, v [B,S,K,D] in bfloat16 or float16, D at most 128 and a multiple of 8 -> [B,T,H,D].
+  k, v [B,S,K,D] in bfloat16 or float16, D at most 128 and a multiple of 8 -> [B,T,H,D]. causal: T is S, with the same segments.
 
   interpret: the same around JAX's own products, on any platform and in any dtype, for tests.
   """
