@@ -4,6 +4,7 @@ with its advantages and the step that learns from it.
 
 import dataclasses
 import functools
+import os
 import re
 
 import jax
@@ -54,6 +55,8 @@ CONFIG = dataclasses.replace(
 )
 # Compiled fast: what XLA's optimizer adds on a CPU changes nothing that is tested here.
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# A policy's gradients cancel: they need sums in the order that users' programs have (tests/conftest.py takes another).
+EXACT = FAST | ({"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else {})
 MODEL = DeepGen(CONFIG)
 
 
@@ -99,7 +102,8 @@ def make_step(stage: str, mesh, layout: str = "fsdp"):
     return sample_loss(dataclasses.replace(MODEL, frozen=layout), params, batch, keys, joint=stage == "sft"), {}
 
   step = make_train_step(loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9)
-  step = jax.jit(sharding.on_mesh(mesh, step), out_shardings=(shardings, sharding.replicated(mesh)), compiler_options=FAST)
+  out, options = (shardings, sharding.replicated(mesh)), EXACT if stage == "grpo" else FAST
+  step = jax.jit(sharding.on_mesh(mesh, step), out_shardings=out, compiler_options=options)
   rng = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
   return step, state, frozen, rng
 
@@ -212,7 +216,7 @@ def reinforce(mesh) -> tuple[dict, dict, list]:
   step, state, frozen, key = make_step("grpo", mesh)
   params = sharding.merge(state.params, frozen)
   deal = lambda tree: sharding.put_batch(tree, mesh)
-  sample = jax.jit(sharding.on_mesh(mesh, rollouts.sampler(g, MODEL)), compiler_options=FAST)
+  sample = jax.jit(sharding.on_mesh(mesh, rollouts.sampler(g, MODEL)), compiler_options=EXACT)
   keys = jax.random.split(jax.random.key(4), 8)
   made = sample(params, deal(inputs), deal(keys), deal(keys), sigmas, np.int32(0))
   rewards = np.asarray(made.latents, np.float64)[..., ::4].mean((1, 2))[:, None]
