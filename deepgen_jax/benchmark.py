@@ -37,6 +37,7 @@ from deepgen_jax.config import load_config
 from deepgen_jax.errors import UserError, nearest, run_command
 
 ALL_CASES = (*CASES, "data", *FULL_CASES)
+FULL_CONFIG = "configs/sft.py:full"
 TOLERANCE = {"dit_train_256": 1e-3, "dit_train_1024": 1e-3, "sampler": 1e-3}  # gradients and several steps
 FORWARD_TOLERANCE = 1e-4
 _FLOOR = 1e-4  # an array is held to at least this share of the largest one: a gradient may be zero but for rounding
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     epilog="example: python -m deepgen_jax.benchmark dit_forward_256 vae_decode --json",
     allow_abbrev=False,
   )
-  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"default: all that run here of {' '.join(ALL_CASES)}")
+  parser.add_argument("cases", nargs="*", metavar="CASE", help=f"{' '.join(ALL_CASES)}; default: all but full_*")
   parser.add_argument("--json", action="store_true", help="one JSON object a line")
   parser.add_argument("--rounds", type=int, default=5, help="each round runs every side once")
   parser.add_argument("--threads", type=int, default=1, help="cores, and threads of either side, on a CPU")
@@ -61,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     "--images_per_s", type=float, default=10.0, help="of the case data: what one chip trains on (estimate says)"
   )
   parser.add_argument("--image_size", type=int, default=512, help="of the case data: what samples are brought to, in pixels")
-  parser.add_argument("--config", default="configs/sft.py:full", help="of the full cases: a config of stage 1 or 2")
+  parser.add_argument("--config", help=f"of the full cases: a config of stage 1 or 2 ({FULL_CONFIG})")
   parser.add_argument("--config.KEY", metavar="VALUE", help="overrides a key of it, e.g. --config.data.batch_size=16")
   return parser
 
@@ -161,18 +162,21 @@ def compare_with_torch(name: str, sizes: Sizes, *, rounds: int, threads: int, cl
 
 def measure_alone(job: Job | FullJob, rounds: int) -> dict:
   """Measures our side of one case, wherever JAX runs; -> the fields of its JSON object. A full case has the model's FLOPs of a
-  run (real tokens, nothing computed twice), images a second, and MFU where the device's peak is known.
+  run (real tokens, nothing computed twice), images a second, MFU where the device's peak is known, and the most memory that was
+  in use, if nothing before used more.
   """
+  memory = lambda: (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+  before = memory()
   job.run()
   times = alternate({"ours": lambda: measure_ours(job.run)}, rounds, "wall")
   record = summarise(times) | {"max_rel_error": None, "versions": versions(), "notes": ["PyTorch is measured on CPUs alone"]}
   if not isinstance(job, FullJob):
     return record
-  seconds, peak = record["ours_ms"] / 1000, PEAKS.get(jax.devices()[0].device_kind)
+  seconds = record["ours_ms"] / 1000
+  peak = PEAKS.get(jax.devices()[0].device_kind) if job.settings["dtype"] == "bfloat16" else None
   mfu = None if peak is None else job.flops / seconds / peak / job.settings["devices"]
-  memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
   measured = {"model_tflops": job.flops / 1e12, "images_per_s": job.images / seconds, "mfu": mfu}
-  return record | job.settings | measured | {"peak_gib": memory and memory / 2**30}
+  return record | job.settings | measured | {"peak_gib": None if memory() == before else memory() / 2**30}
 
 
 def versions() -> dict[str, str]:
@@ -209,11 +213,10 @@ def to_line(record: Mapping) -> str:
     text = f"{record['name']:<17}{rate:.4g} samples/s a core (ms: {stages})  "
     text += f"{cores:.3g} cores feed a chip at {record['images_per_s']:g} images/s"
     return "\n".join([text, *(f"  {note}" for note in record["notes"])])
-  shown = lambda key: "-" if record[key] is None else f"{record[key]:.4g}"
+  shown = lambda key: "-" if (value := record[key]) is None else value if isinstance(value, str) else f"{value:.4g}"
   columns = ("ours_ms", "torch_eager_ms", "torch_fast_ms", "torch_compile_ms", "ratio", "ratio_compile", "max_rel_error")
   if record["name"] in FULL_CASES:
     columns = ("ours_ms", "batch", "images_per_s", "model_tflops", "mfu", "peak_gib", "devices", "attention", "remat")
-    shown = lambda key: f"{value:.4g}" if isinstance(value := record[key], float) else str(value)
   text = f"{record['name']:<17}" + "  ".join(f"{key} {shown(key)}" for key in columns)
   return "\n".join([text, *(f"  {note}" for note in record["notes"])])
 
@@ -224,9 +227,13 @@ def main() -> None:
   arguments = parse(build_parser(), rest)
   check(arguments)
   on_cpu = jax.default_backend() == "cpu"
-  cases = arguments.cases or [name for name in ALL_CASES if not on_cpu or name not in FULL_CASES]
-  if on_cpu and (unfit := [name for name in cases if name in FULL_CASES]):
-    raise UserError(f"{unfit[0]} needs a GPU or TPU; here there is a CPU. `python -m deepgen_jax.estimate` models its step")
+  cases = arguments.cases or [name for name in ALL_CASES if name not in FULL_CASES]
+  whole = [name for name in cases if name in FULL_CASES]
+  if on_cpu and whole:
+    raise UserError(f"{whole[0]} needs a GPU or TPU; here there is a CPU. `python -m deepgen_jax.estimate` models its step")
+  if not whole and (arguments.config or overrides):
+    raise UserError(f"--config is for the cases {', '.join(FULL_CASES)}; name one of them, or leave it out")
+  config = load_config(arguments.config or FULL_CONFIG, overrides) if whole else None
   if on_cpu and set(cases) != {"data"}:
     check_torch()
   sizes = CPU if on_cpu else ACCELERATOR
@@ -249,10 +256,10 @@ def main() -> None:
     elif on_cpu:
       record = compare_with_torch(name, sizes, rounds=arguments.rounds, threads=arguments.threads, clock=arguments.clock)
     elif name in FULL_CASES:
-      record = measure_alone(full.build(name, load_config(arguments.config, overrides)), arguments.rounds)
+      record = measure_alone(full.build(name, config), arguments.rounds)
     else:
       record = measure_alone(build(name, sizes)[0], arguments.rounds)
-    record = {"name": name, **record, **where, "load_average": load}
+    record = {"name": name, **where, **record, "load_average": load}
     print(json.dumps(record) if arguments.json else to_line(record), flush=True)
 
 

@@ -52,8 +52,10 @@ class DeepGenPipeline:
   On a mesh over several processes all of them make the same calls, and all get what these return.
   """
 
-  def __init__(self, config: DeepGenConfig, params: Mapping, tokenizer, dtype=None, mesh=None):
-    """params: all four parts; LoRA is merged. dtype None: bfloat16 on TPU and GPU, float32 on CPU."""
+  def __init__(self, config: DeepGenConfig, params: Mapping, tokenizer, dtype=None, mesh=None, attention: str | None = None):
+    """params: all four parts; LoRA is merged. dtype None: bfloat16 on TPU and GPU, float32 on CPU. attention: a back end
+    (`layers.BACKENDS`), None: the platform's best.
+    """
     if missing := [part for part in PARTS if part not in params]:
       why = " (a base for stage 1 has none: train with configs/align.py first)" if "scb" in missing else ""
       raise UserError(f"the model lacks {', '.join(missing)}{why}")
@@ -61,7 +63,7 @@ class DeepGenPipeline:
     self.config, self.tokenizer, self.mesh = config, tokenizer, mesh or _one_device()
     unroll = on_cpu and config.text.num_layers <= UNROLLED_LAYERS
     dtype = _dtype(dtype)
-    self.model = DeepGen(config, dtype, unroll, attention=best_attention(jax.default_backend(), dtype))
+    self.model = DeepGen(config, dtype, unroll, attention=attention or best_attention(jax.default_backend(), dtype))
     merged = lora.merge_lora({part: params[part] for part in PARTS})
     self.params = sharding.place(merged, sharding.param_shardings(merged, self.mesh))
     program = lambda fn: sharding.jit(fn, self.mesh)
@@ -261,17 +263,18 @@ class DeepGenPipeline:
 
 
 def jit_sampler(model: DeepGen, mesh) -> Callable:
-  """The jitted `sample_images` of a model."""
-  return sharding.jit(partial(sample_images, model), mesh, sampler=True, static_argnames=("size", "guided"))
+  """The jitted `sample_images` of a model; on GPUs, as where layers are unrolled, with layers taken apart."""
+  apart = model.unroll or sharding.is_gpu(mesh)
+  return sharding.jit(partial(sample_images, model, apart=apart), mesh, sampler=True, static_argnames=("size", "guided"))
 
 
-def sample_images(model: DeepGen, params, noise, cond, target, references, sigmas, guidance, *, size, guided: bool):
+def sample_images(model: DeepGen, params, noise, cond, target, references, sigmas, guidance, *, size, guided, apart=False):
   """All steps and the decoding, one program -> (images float32 [B,H,W,3], scaled latents [B,h,w,c]).
 
   noise: tokens [B,N,patch_dim]. With guidance, cond, target and references hold each sample's negative and positive branch in
-  turn.  size: (h, w) of the latents.
+  turn.  size: (h, w) of the latents; apart: see `DiT.prepare`.
   """
-  prepared = model.prepare(params, cond, target, references, apart=model.unroll or model.attention == "cudnn")
+  prepared = model.prepare(params, cond, target, references, apart=apart)
 
   def velocity(x, timestep):
     x = jnp.repeat(x, 2, axis=0) if guided else x

@@ -248,6 +248,12 @@ def splits_parameters() -> bool:
   return mesh is not None and mesh.shape["fsdp"] * mesh.shape["tensor"] > 1
 
 
+def splits_heads() -> bool:
+  """Whether `on_mesh` says a mesh on which devices share out attention heads."""
+  mesh = _traced_mesh()
+  return mesh is not None and mesh.shape["tensor"] > 1
+
+
 # How a TPU program gathers kernels. Left to itself the compiler makes a ring of partial products of each large one, whose sums
 # pass through memory at every step: whole kernels take 0.7 of its modelled time (full size, v5p:2x2x2, 64 samples, generation).
 _TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -262,15 +268,20 @@ _V5E_OPTIONS = {
 
 
 # On GPUs products are cuBLAS's: nothing else was measured. The compiler makes one product of several with the same input, and
-# copies their kernels side by side for it: in a sampler at every step.
+# copies their kernels side by side for it: in a sampler at every step. A rollout is compiled like its replays.
 _GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _GPU_SAMPLER_OPTIONS = _GPU_OPTIONS | {"xla_gpu_dot_merger_threshold_mb": "0"}
+
+
+def is_gpu(mesh: Mesh) -> bool:
+  """Whether its devices are GPUs."""
+  return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
 def compiler_options(mesh: Mesh, sampler: bool = False) -> dict[str, str | bool] | None:
   """What the compiler is told about programs on a mesh. sampler: the program's steps run the same kernels again and again."""
   device = mesh.devices.flat[0]
-  if device.platform in ("gpu", "cuda"):
+  if is_gpu(mesh):
     return _GPU_SAMPLER_OPTIONS if sampler else _GPU_OPTIONS
   if device.platform != "tpu" or mesh.shape["fsdp"] == 1:
     return None

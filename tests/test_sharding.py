@@ -136,13 +136,13 @@ def test_placing_gives_each_device_its_shard():
   np.testing.assert_array_equal(kernel, tree["scb"]["fc1"]["kernel"])
 
 
-if __name__ == "__main__":
-  GOLDEN.write_text(describe())
-
-
 @pytest.mark.parametrize("platform, sampler, threshold", [("gpu", True, "0"), ("gpu", False, None), ("cpu", True, None)])
 def test_what_the_compiler_is_told(platform, sampler, threshold):
   """A GPU's samplers don't copy kernels side by side at every step."""
   devices = np.array([SimpleNamespace(platform=platform)])
   options = sharding.compiler_options(SimpleNamespace(devices=devices, shape={"fsdp": 1}), sampler) or {}
   assert options.get("xla_gpu_dot_merger_threshold_mb") == threshold
+
+
+if __name__ == "__main__":
+  GOLDEN.write_text(describe())

@@ -4,6 +4,7 @@ samples of the shapes that the estimate compiles.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepgen_jax import sharding
+from deepgen_jax.errors import UserError
+from deepgen_jax.estimating.chips import CHIPS
 from deepgen_jax.estimating.flops import count_flops
 from deepgen_jax.estimating.inputs import blank_sample, sampler_inputs, train_programs
 from deepgen_jax.estimating.plan import sample_flops
@@ -32,11 +35,7 @@ PEAKS = {
   "NVIDIA A100-SXM4-80GB": 312e12,
   "NVIDIA H100 80GB HBM3": 989e12,
   "NVIDIA H200": 989e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v5 lite": 197e12,
-  "TPU v6 lite": 918e12,
-}
+} | {name: CHIPS[chip].peak for name, chip in {"TPU v5": "v5p", "TPU v5 lite": "v5e", "TPU v6 lite": "v6e"}.items()}
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,16 @@ class FullJob:
 
 
 def build(name: str, config, devices=None) -> FullJob:
-  """Compiles a case of a config of stages 1 or 2, on all devices. Training: one update, of as many micro-batches as the config
-  has, all of the one task. The sampler: 1 or 8 images on each device, parameters whole on it, prompts encoded.
+  """A case of a config of stages 1 or 2, on all devices. Training: one update, of as many micro-batches as the config has, all
+  of the one task. The sampler: 1 or 8 images on each device, parameters whole on it, prompts encoded. Raises UserError.
   """
+  if config.stage != "supervised":
+    raise UserError(f"--config: {name} takes a config of stage 1 or 2 (configs/align.py or sft.py), not of {config.stage!r}")
   mesh = sharding.make_mesh(config.mesh.to_dict(), devices)
   model = supervised.make_model(config, SIZES[config.size])
   _, _, kind = name.partition("_")
-  settings = {"attention": model.attention, "remat": model.remat, "devices": mesh.size}
+  dtype = np.dtype(model.dtype).name
+  settings = {"attention": model.attention, "remat": model.remat, "devices": mesh.size, "dtype": dtype}
   if not kind.startswith("sampler"):
     return FullJob(*_train(config, model, mesh, kind), settings | {"batch": config.data.batch_size})
   mesh = sharding.make_mesh({"data": -1}, devices)
@@ -66,6 +68,8 @@ def build(name: str, config, devices=None) -> FullJob:
 
 def _train(config, model: DeepGen, mesh, task: str) -> tuple[Callable, float, int]:
   size, micro = config.data.batch_size, len(config.data.pattern)
+  sharding.local_rows(mesh, size)  # can they share it?
+  config = copy.deepcopy(config)
   with config.unlocked():
     config.data.pattern = (task,) * micro
   step, state, frozen, _ = train_programs(config, model, mesh)
@@ -98,7 +102,8 @@ def _sampler(model: DeepGen, mesh, batch: int) -> tuple[Callable, float]:
   arguments = (draw(params), noise, cond, target, None, sigmas, np.float32(GUIDANCE))
   program = jit_sampler(model, mesh).lower(*arguments, **options).compile()
   plain = DeepGen(model.config, model.dtype)
-  flops = count_flops(partial(sample_images, plain, **options), *shapes)
+  real, _ = sampler_inputs(plain, mesh, batch, PROMPT_TOKENS, STEPS, padded=False)
+  flops = count_flops(partial(sample_images, plain, **options), *real)
   return lambda: jax.block_until_ready(program(*arguments)), flops
 
 

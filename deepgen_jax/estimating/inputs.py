@@ -102,12 +102,12 @@ class _Blank:
     return [np.zeros((prompts.image_tokens(*x.shape[:2]), self._config.vision.out_size), np.float32) for x in images]
 
 
-def sampler_inputs(model: DeepGen, mesh, batch: int, prompt_tokens: int, steps: int) -> tuple[tuple, dict]:
+def sampler_inputs(model: DeepGen, mesh, batch: int, prompt_tokens: int, steps: int, padded: bool = True) -> tuple[tuple, dict]:
   """Arguments of `pipeline.jit_sampler` for `batch` images of the model's size with guidance: (positional, keywords)."""
   c = model.config
   side = c.image_size // c.vae.factor
   params = jax.eval_shape(lambda key: in_compute_dtype(model.init(key), model.dtype), jax.random.key(0))
-  inputs = _sampled(model, 2 * batch, prompt_tokens, (c.image_size,) * 2)  # negative and positive branch
+  inputs = _sampled(model, 2 * batch, prompt_tokens, (c.image_size,) * 2, padded)  # negative and positive branch
   tokens = inputs["target"]["mask"].shape[1]
   noise = jax.ShapeDtypeStruct((batch, tokens, c.dit.patch_dim), jnp.float32)
   cond, target, noise = dealt((inputs["cond"], inputs["target"], noise), mesh)

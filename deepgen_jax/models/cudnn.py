@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from deepgen_jax.sharding import splits_heads
+
 
 def is_available() -> bool:
   """Whether the GPU here has these kernels: NVIDIA's do from Ampere on. Yes where none is: the program is for one elsewhere."""
@@ -21,10 +23,13 @@ def is_available() -> bool:
 
 
 def fits(q: Array, k: Array, causal_offset: int | None, interpret: bool) -> bool:
-  """Whether the kernel can do it: 16-bit floats (parameters are made by float32 tracing), and a causal mask that begins with
-  the first key (a second stream's queries begin later).
+  """Whether the kernel can do it: 16-bit floats (parameters are made by float32 tracing), a causal mask that begins with the
+  first key (a second stream's queries begin later), and where a mesh splits heads, as many of keys as of queries: the table
+  splits a group's queries alone, and JAX wants both alike.
   """
-  return (interpret or q.dtype.itemsize == 2) and (causal_offset is None or (causal_offset == 0 and q.shape[1] == k.shape[1]))
+  floats = interpret or q.dtype.itemsize == 2
+  mask = causal_offset is None or (causal_offset == 0 and q.shape[1] == k.shape[1])
+  return floats and mask and (q.shape[2] == k.shape[2] or not splits_heads())
 
 
 def is_result(primitive, *_, **__) -> bool:
@@ -49,7 +54,7 @@ def cudnn_attention(
   keys = jnp.maximum((kv_segments != 0).sum(1, dtype=jnp.int32), 1)  # of padding alone: what comes out is finite
   k, v = _move(k, *order), _move(v, *order)
   if not causal:  # whose queries may stay where they are; those of padding see real keys too
-    return attend(q, k, v, query_seq_lengths=jnp.full_like(keys, q.shape[1]), key_value_seq_lengths=keys)
+    return attend(q, k, v, key_value_seq_lengths=keys)
   out = attend(_move(q, *order), k, v, query_seq_lengths=keys, key_value_seq_lengths=keys)
   out = jnp.where((jnp.arange(q.shape[1]) < keys[:, None])[..., None, None], out, 0)
   return _move(out, *order[::-1])

@@ -229,8 +229,9 @@ class DiT(nn.Module):
     return self.velocity(tokens, timestep, self.prepare(*args, **kwargs))
 
   def _layers(self, dtype) -> tuple:
-    """Parameters of each block of each run, biases as `linear` would cast them at every step."""
-    layer = lambda stack, i: map_paths(lambda path, x: x[i].astype(dtype if path.endswith("/bias") else x.dtype), stack)
+    """Parameters of each block of each run, those of linears cast as these would at every step."""
+    cast = lambda path, x: x.astype(dtype) if path.endswith(("/kernel", "/bias", "/a", "/b")) else x
+    layer = lambda stack, i: map_paths(lambda path, x: cast(path, x[i]), stack)
     stacks = [block.variables["params"] for block in self.blocks]
     lengths = [length for length, *_ in block_runs(self.config)]
     return tuple(tuple(layer(stack, i) for i in range(length)) for stack, length in zip(stacks, lengths))

@@ -71,7 +71,7 @@ def attention(
   A query sees the keys of its own segment (int [B,T] and [B,S]; by convention 0 is padding, so that padded rows see padded
   rows and stay finite), and with `causal_offset` only keys at positions <= its own index + offset. Scale 1/sqrt(D),
   softmax in float32. backend: "xla" anywhere, "splash" on TPU, "cudnn" on NVIDIA GPUs (segments of 0 and 1; what its kernel
-  can't do, a second causal stream, goes to "xla"), with "_interpret" their programs on any platform.
+  can't do (`cudnn.fits`) goes to "xla"), with "_interpret" their programs on any platform.
   """
   if backend not in BACKENDS:
     raise ValueError(f"attention back end {backend!r} is none of {', '.join(BACKENDS)}")

@@ -73,7 +73,7 @@ def build(config, mesh, workdir, judging: Judging | None = None) -> Stage:
   def pipe(params) -> DeepGenPipeline:
     parts = {part: params[part] for part in PARTS}
     if not pipes:
-      pipes.append(DeepGenPipeline(sizes, parts, tokenizer, dtype, mesh))
+      pipes.append(DeepGenPipeline(sizes, parts, tokenizer, dtype, mesh, model.attention))
     pipes[0].params = parts
     return pipes[0]
 

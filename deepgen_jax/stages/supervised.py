@@ -53,7 +53,7 @@ def build(config, mesh) -> Stage:
     scalars["heldout_loss"] = float(np.mean([*losses.values()]))
     if not config.eval.pictures:
       return Report(scalars)
-    pipe = pipe or DeepGenPipeline(sizes, params, tokenizer, compute_dtype(config.dtype), mesh)
+    pipe = pipe or DeepGenPipeline(sizes, params, tokenizer, model.dtype, mesh, model.attention)
     return Report(scalars, held_out.pictures(pipe, params))
 
   return Stage(

@@ -98,6 +98,15 @@ def test_the_backward_pass_keeps_the_kernel_s_result(remat, forward):
   assert lower_for_cuda(jax.value_and_grad(kept, (0, 1, 2)), shapes).count("__cudnn$fmhaSoftmax(") == forward
 
 
+@pytest.mark.parametrize("kv_heads, tensor, used", [(2, 2, False), (4, 2, True), (2, 1, True)])
+def test_groups_whose_queries_alone_are_split_go_to_xla(kv_heads, tensor, used):
+  """JAX refuses to partition the kernel where queries' heads lie otherwise than keys'."""
+  mesh = sharding.make_mesh({"data": -1, "tensor": tensor})
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draw(64, 64, kv_heads, jnp.bfloat16)]
+  attend = sharding.on_mesh(mesh, lambda *args: attention(*args, causal_offset=0, backend="cudnn"))
+  assert ("__cudnn$fmha" in lower_for_cuda(attend, shapes)) == used
+
+
 def test_parameters_are_made_without_it():
   """Their tracing computes in float32, which the kernel doesn't."""
   shapes = jax.eval_shape(DeepGen(TINY, jnp.bfloat16, attention="cudnn").init, jax.random.key(0))
