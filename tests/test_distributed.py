@@ -212,7 +212,8 @@ def test_rollouts_of_two_processes_are_those_of_one(emoji, emoji_dir, tmp_path):
   assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6] and ours[0]["advantage_abs"] > 0
   for one, two in zip(ours, theirs, strict=True):
     for name in ("loss", "grad_norm", "grad_norm_policy", "reward", "advantage_abs", "kl"):
-      assert one.get(name) == pytest.approx(two.get(name), rel=1e-5, abs=1e-7), (one["step"], name)
+      rounding = 1e-5 * one["step"]  # weights differ by rounding after the first update
+      assert one.get(name) == pytest.approx(two.get(name), rel=rounding, abs=1e-7), (one["step"], name)
   judged = [next(row for row in rows(workdir) if "eval/reward" in row) for workdir in (pod_dir, alone)]
   assert judged[0]["eval/reward"] == pytest.approx(judged[1]["eval/reward"], rel=1e-3)  # a few pixels
   assert (pod_dir / "samples" / "prompts_0000006.png").exists()
