@@ -13,6 +13,7 @@ from deepgen_jax.stages.supervised import make_model
   [
     ("tpu", [], "splash"),
     ("gpu", [], "cudnn"),
+    ("gpu", ["attention=cudnn"], "cudnn"),
     ("gpu", ["dtype=float32"], "xla"),
     ("gpu", ["attention=xla"], "xla"),
     ("tpu", ["attention=xla"], "xla"),
