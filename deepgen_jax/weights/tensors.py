@@ -146,7 +146,8 @@ def has_files(file) -> bool:
 
 
 def write_file(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-  """Writes tensors one after the other, so that one at a time is in memory. The file appears when it is complete.
+  """Writes tensors one after the other, so that one at a time is in memory. The file appears when it is complete, in place of
+  an older one.
 
   Raises UserError for values that are NaN or infinite.
   """
@@ -165,7 +166,7 @@ def write_file(path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
       if values.shape != tensor.shape or values.dtype != tensor.dtype:
         raise ValueError(f"{name}: {values.dtype} {values.shape}, announced as {tensor.dtype} {tensor.shape}")
       file.write(memoryview(values.reshape(-1).view(np.uint8)))
-  partial.rename(path)
+  partial.replace(path)
 
 
 def write_files(file, tensors: Mapping[str, Tensor], max_bytes: int = MAX_BYTES) -> list[epath.Path]:
