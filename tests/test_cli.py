@@ -39,6 +39,16 @@ def test_freed_memory_is_kept_for_the_next_run():
   assert _faults("keep", MALLOC_MMAP_MAX_="65536") >= 64  # the user's own setting stands
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads by /proc")
+@pytest.mark.parametrize("command", ["train", "generate", "evaluation", "benchmark", "data.precompute"])
+def test_importing_a_command_starts_no_thread_beside_those_of_jax(command):
+  """Their arenas would be there before `start_command` allows one alone, and hand large blocks back."""
+  count = "len(os.listdir('/proc/self/task'))"
+  program = f"import os, jax; before = {count}; import deepgen_jax.{command}; print(before, {count})"
+  out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+  assert out[0] == out[1]
+
+
 def test_only_a_machine_without_accelerators_keeps_freed_memory(monkeypatch):
   for platforms, keeps in (("cpu", True), ("tpu,cpu", False), ("cuda", False)):
     kept = []

@@ -6,15 +6,17 @@ import re
 import warnings
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from etils import epath
+from etils import epath, epy
 
 from deepgen_jax.data.files import find_files, inside
 from deepgen_jax.data.formats.fields import as_fields, build_sample, first_task
 from deepgen_jax.data.images import decode_image, load_image
 from deepgen_jax.data.sources import Sample
 from deepgen_jax.errors import UserError, nearest
+
+with epy.lazy_imports():  # it starts a thread, which `cli.start_command` has to come before
+  import pyarrow as pa
+  import pyarrow.parquet as pq
 
 LARGE_GROUP = 128 * 2**20  # bytes that one random sample should not cost
 
