@@ -1,8 +1,8 @@
 """Pre-training of the tiny DiT: flow matching on generation and edits, with a text encoder of its own.
 
 The text encoder, a small causal decoder over words, is thrown away at the end: the base DiT has never seen the VLM or an SCB.
-It also reads a layout, the colours of a coarse grid over the target, for which a user has no words: captions are recombined
-later, layouts are what recombining has to give. No held-out caption or image enters, as source or target.
+In the pooled vector it is told a layout: of the target, or what an edit changes. No held-out caption or image enters, as source
+or target.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from deepgen_jax.models.deepgen import Conditioning, DeepGen
 from deepgen_jax.models.dit import crop_positions, patchify, unpatchify
 from deepgen_jax.models.layers import Linear, rms_norm
 from deepgen_jax.models.text import TextDecoder
+from deepgen_jax.stages.layouts import Changes, layout
 from deepgen_jax.stages.pretrain_vae import Drawn
 from deepgen_jax.stages.stage import Report, Stage
 from deepgen_jax.weights import model_dir
@@ -31,8 +32,7 @@ from deepgen_jax.weights.load import load_model
 
 WORDS = 1500  # rendered words that take part
 MAX_WORDS = 16  # of a text; what is longer loses its end
-LAYOUT_SIDE = 4  # rows and columns
-SHOWN = MAX_WORDS + 1 + LAYOUT_SIDE**2
+SLOTS = MAX_WORDS + 24  # of the context in a short micro-batch
 BLANK = 0.75  # share of spare context slots that say nothing
 SAMPLER_STEPS, GUIDANCE = 10, 2.5  # of the evaluation
 
@@ -81,15 +81,11 @@ def spread(shown: np.ndarray, slots: int, rng: np.random.Generator) -> dict:
   return {"slots": np.where(nothing, shown.shape[1], places).astype(np.int32), "slot_mask": slot_mask}
 
 
-def layout(images: np.ndarray) -> np.ndarray:
-  """uint8 [N,H,W,3], sides multiples of 4 -> mean colours of a 4x4 grid's cells in [-1,1], float32 [N,16,3]."""
-  n, height, width, _ = images.shape
-  cells = images.reshape(n, LAYOUT_SIDE, height // LAYOUT_SIDE, LAYOUT_SIDE, width // LAYOUT_SIDE, 3)
-  return (cells.mean((2, 4), dtype=np.float32) / 127.5 - 1).reshape(n, -1, 3)
-
-
 class Latents:
-  """Posterior moments, as tokens, and layouts of all images that take part: emoji by index, then rendered words."""
+  """Posterior moments, as tokens, and layouts of all images that take part: emoji by index, then rendered words.
+
+  Layouts are relative to the average training emoji, with a standard deviation of one.
+  """
 
   def __init__(self, model: DeepGen, params, emoji, seed: int):
     encode = jax.jit(model.encode_moments)
@@ -99,17 +95,25 @@ class Latents:
     images = np.concatenate([emoji.images(), np.stack([words.render(*word) for word in self.words])])
     moments = [encode(params, images[i : i + 64]) for i in range(0, len(images), 64)]
     self.mean, self.logvar = (patchify(np.concatenate([np.asarray(m[k]) for m in moments])) for k in range(2))
-    self.layout = layout(images)
+    layouts = layout(images)
+    seen = layouts[np.flatnonzero(~emoji.held_out)]
+    self.layout = (layouts - seen.mean(0)) / seen.std((0, 1))
 
 
 class Data:
   """Draws micro-batches of one task. Half of the edits are drawn evenly over their kinds."""
 
-  def __init__(self, config, emoji, latents: Latents):
+  def __init__(self, config, emoji, latents: Latents, pooled_size: int):
     self._config, self._latents, self._emoji = config, latents, emoji
     self._generation = np.flatnonzero(~emoji.held_out)
     self._edits = edits.training(emoji)
     self._by_kind = [[t for t in self._edits if t.kind == kind] for kind in sorted({t.kind for t in self._edits})]
+    change = lambda triplets: latents.layout[[t.target for t in triplets]] - latents.layout[[t.source for t in triplets]]
+    self.changes = {
+      "generate": Changes(latents.layout[self._generation]),
+      "edit": Changes(np.concatenate([change(kind[:500]) for kind in self._by_kind])),
+    }
+    self._pooling = self.changes["generate"].pooling(pooled_size)
     texts = [emoji.captions[i] for i in self._generation] + [words.caption(*word) for word in latents.words]
     self.vocabulary = Vocabulary(texts + [text for edit in self._edits for text in edit.instructions])
 
@@ -119,17 +123,21 @@ class Data:
     task = "edit" if rng.random() < self._config.edit_share else "generate"
     texts, targets, references = (list(column) for column in zip(*(self._sample(rng, task) for _ in range(size))))
     share = rng.random(size) - self._config.drop
-    has_words, has_layout = (
-      share >= self._config.layout_only,
-      (share >= 0) & (share < 1 - self._config.drop - self._config.words_only),
-    )
+    has_words = share >= self._config.layout_only
+    has_layout = (share >= 0) & (share < 1 - self._config.drop - self._config.words_only)
     ids, mask = self.vocabulary([text if has else "" for text, has in zip(texts, has_words)])
     long = rng.random() < self._config.long_share
-    noise = self._config.layout_noise * rng.random((size, 1, 1)) * rng.standard_normal(self._latents.layout[targets].shape)
-    batch = {"ids": ids, "mask": mask, "layout": (self._latents.layout[targets] + noise).astype(np.float32)}
+    change = self._latents.layout[targets] - (self._latents.layout[references] if task == "edit" else 0)
+    blur = np.exp(rng.uniform(*np.log(self._config.layout_blur), size))
+    told = self.told(self.changes[task].guess(change, blur, rng) * has_layout[:, None, None])
+    batch = {"ids": ids, "mask": mask, "layout": told}
     batch |= {"mean": self._latents.mean[targets], "logvar": self._latents.logvar[targets]}
-    batch |= spread(_shown(mask, has_layout), self._config.context_slots if long else SHOWN + 7, rng)
+    batch |= spread(mask, self._config.context_slots if long else SLOTS, rng)
     return batch | ({"reference": self._latents.mean[references]} if task == "edit" else {})
+
+  def told(self, changes: np.ndarray) -> np.ndarray:
+    """Changes of layouts [B,16,3] -> pooled vectors float32 [B,P], linear."""
+    return (changes.reshape(len(changes), -1) @ self._pooling).astype(np.float32)
 
   def _sample(self, rng, task) -> tuple[str, int, int]:
     """-> text, index of the target, index of the reference."""
@@ -144,49 +152,44 @@ class Data:
     return self._emoji.captions[i], i, -1
 
 
-def _shown(mask: np.ndarray, has_layout: np.ndarray) -> np.ndarray:
-  """Words [B, MAX_WORDS + 1] and whether there is a layout [B] -> what the context shows, bool [B, SHOWN]."""
-  return np.concatenate([mask, np.broadcast_to(has_layout[:, None], (len(mask), LAYOUT_SIDE**2))], axis=1)
-
-
 class TextEncoder:
   """Words and layout -> conditioning of the DiT: a causal decoder of two layers over the words with a head for the context and
-  one for the pooled vector, and a linear of a cell's colour and place. A slot without a word or a cell is zero, as is the
-  pooled vector without words: what an SCB sends when it is new.
+  one for the pooled vector, to which the layout is added as it is. A slot without a word is zero, as is the pooled vector
+  without words or layout: what an SCB sends when it is new.
 
-  All are normalised, so that the noise that training adds to them can't be outgrown: the DiT learns to do with conditioning
-  that is only nearly right, as that of a young SCB will be.
+  Words have a fixed size, so that the noise that training adds to the context can't be outgrown: the DiT learns to do with
+  conditioning that is only nearly right, as that of a young SCB will be.
   """
 
   def __init__(self, config, vocabulary: int):
     self._decoder = TextDecoder(dataclasses.replace(config.text, vocab_size=vocabulary, num_layers=2), (2,), unroll=True)
     self._heads = {"context": Linear(config.dit.context_size), "pooled": Linear(config.dit.pooled_size)}
-    self._heads["layout"] = Linear(config.dit.context_size)
     self._hidden = config.text.hidden_size
 
   def init(self, key) -> dict:
     x = jnp.zeros((1, 4, self._hidden))
     args = (x, jnp.zeros((1, 3, 4), jnp.int32), jnp.ones((1, 4), jnp.int32))
-    inputs = {"context": x, "pooled": x, "layout": jnp.zeros((1, 4, 3 + LAYOUT_SIDE**2))}
+    inputs = {"context": x, "pooled": x}
     return {
       "decoder": self._decoder.init(key, *args, method="logits")["params"],
       **{n: head.init(jax.random.fold_in(key, i), inputs[n])["params"] for i, (n, head) in enumerate(self._heads.items())},
     }
 
   def __call__(self, params, batch: Mapping) -> Conditioning:
-    """batch: ids int [B,T], mask bool [B,T], layout [B,16,3], slots int [B,S], slot_mask bool [B,S] -> context of S tokens."""
+    """batch: ids int [B,T], mask bool [B,T], layout [B,P] of `Data.told`, slots int [B,S], slot_mask bool [B,S] -> context of
+    S tokens.
+    """
     mask = batch["mask"]
     run = lambda method, *args: self._decoder.apply({"params": params["decoder"]}, *args, method=method)
     positions = jnp.broadcast_to(jnp.arange(mask.shape[1])[None, None], (mask.shape[0], 3, mask.shape[1]))
     (x,) = run("hidden_states", (run("embed", batch["ids"]),), (positions,), (mask.astype(jnp.int32),))
     average = (x * mask[..., None]).sum(1) / mask.sum(1, keepdims=True)
     head = lambda name, value: rms_norm(self._heads[name].apply({"params": params[name]}, value), jnp.float32(1))
-    place = jnp.broadcast_to(jnp.eye(LAYOUT_SIDE**2), (len(mask), LAYOUT_SIDE**2, LAYOUT_SIDE**2))
-    cells = head("layout", jnp.concatenate([batch["layout"], place], axis=-1))
     words = head("context", x)
-    context = jnp.concatenate([words, cells, jnp.zeros_like(words[:, :1])], axis=1)
+    context = jnp.concatenate([words, jnp.zeros_like(words[:, :1])], axis=1)
     context = jnp.take_along_axis(context, batch["slots"][..., None], axis=1)
-    return Conditioning(head("pooled", average) * (mask.sum(1, keepdims=True) > 1), context, batch["slot_mask"])
+    pooled = head("pooled", average) * (mask.sum(1, keepdims=True) > 1) + batch["layout"]
+    return Conditioning(pooled, context, batch["slot_mask"])
 
 
 def _normal(keys, salt: int, shape) -> jax.Array:
@@ -201,7 +204,7 @@ def build(config, mesh) -> Stage:
   emoji = emoji_data.prepare(config.data.dir)
   vae = model_dir.load(config.output, ("vae",))
   latents = Latents(model, vae, emoji, config.seed)
-  data = Data(config, emoji, latents)
+  data = Data(config, emoji, latents, sizes.dit.pooled_size)
   encoder = TextEncoder(sizes, len(data.vocabulary))
   side = sizes.image_size // sizes.vae.factor // sizes.dit.patch_size
   grid = crop_positions(side, side, sizes.dit)
@@ -218,9 +221,15 @@ def build(config, mesh) -> Stage:
       references = {"tokens": model.scale(batch["reference"]), "positions": positions, "mask": mask}
     cond = encoder(params["text_encoder"], batch)
     if config.condition_noise:
-      level = config.condition_noise * jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, 5)))(keys)
-      disturb = lambda x, salt: x + jnp.expand_dims(level, range(1, x.ndim)) * _normal(keys, salt, x.shape[1:])
-      cond = cond.replace(pooled=disturb(cond.pooled, 3), context=disturb(cond.context, 4))
+
+      def drawn(salt, *shape):  # noise, of a strength for each sample
+        strength = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, salt)))(keys)
+        return config.condition_noise * jnp.expand_dims(strength**2, range(1, len(shape) + 1)) * _normal(keys, salt + 1, shape)
+
+      tokens, size = cond.context.shape[1:]
+      cond = cond.replace(
+        context=cond.context + drawn(3, tokens, size) + drawn(5, 1, size)
+      )  # each token's own, and one for all
     prepared = model.prepare(params, cond, {"positions": positions, "mask": mask}, references)
     velocity = model.velocity(params, noised(target, noise, sigma), 1000 * sigma, prepared)
     losses = velocity_loss(velocity, target, noise, mask)
@@ -229,14 +238,17 @@ def build(config, mesh) -> Stage:
   held_out = np.flatnonzero(emoji.held_out)
   texts = [emoji.captions[i] for i in held_out]
 
-  def written(texts, has_layout: bool) -> dict:
-    """Held-out captions, all or none ("") of them shown, with the layouts of their images or without."""
+  def written(texts, blur: float | None) -> dict:
+    """Captions, all or none ("") of them shown, and guesses at the layouts of their images, or none."""
     ids, mask = data.vocabulary(texts)
-    shown = _shown(mask, np.full(len(texts), has_layout))
-    rest = spread(shown, config.context_slots, np.random.default_rng(0))
-    return {"ids": ids, "mask": mask, "layout": latents.layout[held_out]} | rest
+    rng = np.random.default_rng(0)
+    change = latents.layout[held_out]
+    guess = 0 * change if blur is None else data.changes["generate"].guess(change, np.full(len(texts), blur), rng)
+    told = data.told(guess)
+    return {"ids": ids, "mask": mask, "layout": told} | spread(mask, config.context_slots, rng)
 
-  judged = written(texts, True) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
+  nothing = [""] * len(texts)
+  judged = written(nothing, 0.0) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
   judge_keys = jax.random.split(jax.random.key(1), len(held_out))
   judge = jax.jit(lambda params: loss(params, judged, judge_keys)[0].mean())
   retrieval = Retrieval(emoji.images())
@@ -259,8 +271,9 @@ def build(config, mesh) -> Stage:
 
   def evaluate(params, step):
     report = Report({"heldout_loss": float(judge(params))})
-    blank = written([""] * len(texts), False)
-    for name, batch in (("words", written(texts, False)), ("layout", written([""] * len(texts), True))):
+    blank = written(nothing, None)
+    shown = {"words": (texts, None), "layout": (nothing, 0.0), "guess": (nothing, 1.0)}
+    for name, batch in ((name, written(*what)) for name, what in shown.items()):
       made = np.asarray(sample(params, {key: np.concatenate([blank[key], batch[key]]) for key in batch}))
       made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
       report.scalars |= {f"heldout_{name}_{score}": value for score, value in retrieval.recall(made, held_out).items()}
