@@ -169,10 +169,10 @@ TINY = DeepGenConfig(
   ),
   scb=SCBConfig(
     num_think_tokens=16,
-    hidden_size=128,
-    intermediate_size=384,
-    num_layers=2,
-    num_heads=4,
+    hidden_size=256,
+    intermediate_size=768,
+    num_layers=1,
+    num_heads=8,
     read_layers=(6, 5, 4, 3, 2, 1),
   ),
   dit=DiTConfig(
