@@ -17,8 +17,9 @@ as the script does, is not measured. Minutes are of two cores that the parts sha
                                                                    quarters right 13 %, 41 %; loss from layouts 0.253
 
 That the pooled vector tells how a layout changes is for the SCB that comes to this DiT (`stages/layouts.py`): after 400
-updates of 16 samples stage 1 has a held-out loss of 0.312 over it, where it had 0.347 over the DiT of c7f5e5a. Words hardly
-came to count beside layouts: alone they give R@5 5 %, where after the first go it was 90 %.
+updates of 16 samples stage 1 has a held-out loss of 0.312 over it, where it had 0.347 over the DiT of c7f5e5a (with a
+narrower SCB of two layers). Words hardly came to count beside layouts: alone they give R@5 5 %, where after the first go it
+was 90 %.
 """
 
 from configs import common
