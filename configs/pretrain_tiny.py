@@ -45,7 +45,7 @@ def get_config(part: str):
     c.edit_share = 0.4  # of micro-batches
     c.words_share = 0.1  # of generation
     c.drop, c.words_only, c.layout_only = 0.1, 0.1, 0.7  # shares without any text, or one kind of it; the rest has both
-    c.layout_blur = 0.01, 10.0  # variance of what hides them, of theirs
+    c.layout_blur = 0.01, 10.0  # variance of the noise that layouts are guessed through, from and to, relative to theirs
     c.condition_noise = 0.5  # at most, on a context with a mean square of 1
     c.context_slots, c.long_share = 132, 0.15  # an SCB sends a token a byte: as many as this; most batches have 40
     c.optim.lr, c.optim.ema, c.optim.warmup = 1.2e-3, 0.999, 0.02

@@ -33,6 +33,7 @@ from deepgen_jax.weights.load import load_model
 WORDS = 1500  # rendered words that take part
 MAX_WORDS = 16  # of a text; what is longer loses its end
 SLOTS = MAX_WORDS + 24  # of the context in a short micro-batch
+PER_KIND = 500  # edits, at most, that say how much an edit changes: none of their kinds shall outweigh the others
 BLANK = 0.75  # share of spare context slots that say nothing
 SAMPLER_STEPS, GUIDANCE = 10, 2.5  # of the evaluation
 
@@ -111,7 +112,7 @@ class Data:
     change = lambda triplets: latents.layout[[t.target for t in triplets]] - latents.layout[[t.source for t in triplets]]
     self.changes = {
       "generate": Changes(latents.layout[self._generation]),
-      "edit": Changes(np.concatenate([change(kind[:500]) for kind in self._by_kind])),
+      "edit": Changes(np.concatenate([change(kind[:PER_KIND]) for kind in self._by_kind])),
     }
     self._pooling = self.changes["generate"].pooling(pooled_size)
     texts = [emoji.captions[i] for i in self._generation] + [words.caption(*word) for word in latents.words]
@@ -227,9 +228,8 @@ def build(config, mesh) -> Stage:
         return config.condition_noise * jnp.expand_dims(strength**2, range(1, len(shape) + 1)) * _normal(keys, salt + 1, shape)
 
       tokens, size = cond.context.shape[1:]
-      cond = cond.replace(
-        context=cond.context + drawn(3, tokens, size) + drawn(5, 1, size)
-      )  # each token's own, and one for all
+      disturbance = drawn(3, tokens, size) + drawn(5, 1, size)  # each token's own, and one for all
+      cond = cond.replace(context=cond.context + disturbance)
     prepared = model.prepare(params, cond, {"positions": positions, "mask": mask}, references)
     velocity = model.velocity(params, noised(target, noise, sigma), 1000 * sigma, prepared)
     losses = velocity_loss(velocity, target, noise, mask)
@@ -244,8 +244,7 @@ def build(config, mesh) -> Stage:
     rng = np.random.default_rng(0)
     change = latents.layout[held_out]
     guess = 0 * change if blur is None else data.changes["generate"].guess(change, np.full(len(texts), blur), rng)
-    told = data.told(guess)
-    return {"ids": ids, "mask": mask, "layout": told} | spread(mask, config.context_slots, rng)
+    return {"ids": ids, "mask": mask, "layout": data.told(guess)} | spread(mask, config.context_slots, rng)
 
   nothing = [""] * len(texts)
   judged = written(nothing, 0.0) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
@@ -272,8 +271,8 @@ def build(config, mesh) -> Stage:
   def evaluate(params, step):
     report = Report({"heldout_loss": float(judge(params))})
     blank = written(nothing, None)
-    shown = {"words": (texts, None), "layout": (nothing, 0.0), "guess": (nothing, 1.0)}
-    for name, batch in ((name, written(*what)) for name, what in shown.items()):
+    for name, *what in (("words", texts, None), ("layout", nothing, 0.0), ("guess", nothing, 1.0)):
+      batch = written(*what)
       made = np.asarray(sample(params, {key: np.concatenate([blank[key], batch[key]]) for key in batch}))
       made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
       report.scalars |= {f"heldout_{name}_{score}": value for score, value in retrieval.recall(made, held_out).items()}
