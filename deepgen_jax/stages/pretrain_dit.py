@@ -201,7 +201,7 @@ def _normal(keys, salt: int, shape) -> jax.Array:
 def build(config, mesh) -> Stage:
   """The stage; it reads the VAE and its scale from `config.output`, where it adds the DiT."""
   sizes = model_dir.load_config(config.output)
-  model = DeepGen(sizes, unroll=True)
+  model = DeepGen(sizes, unroll=config.unroll)
   emoji = emoji_data.prepare(config.data.dir)
   vae = model_dir.load(config.output, ("vae",))
   latents = Latents(model, vae, emoji, config.seed)
@@ -237,28 +237,31 @@ def build(config, mesh) -> Stage:
 
   held_out = np.flatnonzero(emoji.held_out)
   texts = [emoji.captions[i] for i in held_out]
+  triplets = edits.held_out(emoji, limit=len(held_out))
 
-  def written(texts, blur: float | None) -> dict:
-    """Captions, all or none ("") of them shown, and guesses at the layouts of their images, or none."""
+  def shown(texts, changes: np.ndarray) -> dict:
+    """Captions, of which "" stands for none, and changes of layouts, as they are; edits have a "reference" to come."""
     ids, mask = data.vocabulary(texts)
     rng = np.random.default_rng(0)
-    change = latents.layout[held_out]
-    guess = 0 * change if blur is None else data.changes["generate"].guess(change, np.full(len(texts), blur), rng)
-    return {"ids": ids, "mask": mask, "layout": data.told(guess)} | spread(mask, config.context_slots, rng)
+    return {"ids": ids, "mask": mask, "layout": data.told(changes)} | spread(mask, config.context_slots, rng)
 
-  nothing = [""] * len(texts)
-  judged = written(nothing, 0.0) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
+  nothing, change = [""] * len(texts), latents.layout[held_out]
+  guess = data.changes["generate"].guess(change, np.ones(len(texts)), np.random.default_rng(0))
+  source, target = ([getattr(triplet, which) for triplet in triplets] for which in ("source", "target"))
+  edited = latents.layout[target] - latents.layout[source]
+  judged = shown(nothing, change) | {"mean": latents.mean[held_out], "logvar": latents.logvar[held_out]}
   judge_keys = jax.random.split(jax.random.key(1), len(held_out))
   judge = jax.jit(lambda params: loss(params, judged, judge_keys)[0].mean())
   retrieval = Retrieval(emoji.images())
 
   @jax.jit
   def sample(params, batch):
-    """Held-out captions with the text encoder of this stage: what alignment can hope for."""
-    count = len(held_out)
+    """Images of the second half of a batch, guided away from the first, whose noise is the same."""
+    count = len(batch["ids"]) // 2
     positions = jnp.broadcast_to(grid, (2 * count, *grid.shape))
-    target = {"positions": positions, "mask": jnp.ones(positions.shape[:2], bool)}
-    prepared = model.prepare(params, encoder(params["text_encoder"], batch), target)
+    seen = {"positions": positions, "mask": jnp.ones(positions.shape[:2], bool)}
+    references = seen | {"tokens": model.scale(batch["reference"])} if "reference" in batch else None
+    prepared = model.prepare(params, encoder(params["text_encoder"], batch), seen, references)
 
     def velocity(x, timestep):
       v = model.velocity(params, jnp.concatenate([x, x]), jnp.full((2 * count,), timestep), prepared)
@@ -269,16 +272,20 @@ def build(config, mesh) -> Stage:
     return model.decode(vae, unpatchify(tokens, 2 * side, 2 * side))
 
   def evaluate(params, step):
+    """What alignment can hope for: held-out captions in words, by layout and by a guess at it, and edits by what changes."""
     report = Report({"heldout_loss": float(judge(params))})
-    blank = written(nothing, None)
-    for name, *what in (("words", texts, None), ("layout", nothing, 0.0), ("guess", nothing, 1.0)):
-      batch = written(*what)
-      made = np.asarray(sample(params, {key: np.concatenate([blank[key], batch[key]]) for key in batch}))
+    cases = {"words": (texts, 0 * change), "layout": (nothing, change), "guess": (nothing, guess), "edit": (nothing, edited)}
+    for name, (captions, changes) in cases.items():
+      true = target if name == "edit" else held_out
+      batch = jax.tree.map(lambda a, b: np.concatenate([a, b]), shown(nothing, 0 * changes), shown(captions, changes))
+      if name == "edit":
+        batch["reference"] = np.tile(latents.mean[source], (2, 1, 1))
+      made = np.asarray(sample(params, batch))
       made = np.round((np.clip(made, -1, 1) + 1) * 127.5).astype(np.uint8)
-      report.scalars |= {f"heldout_{name}_{score}": value for score, value in retrieval.recall(made, held_out).items()}
-      pairs = np.concatenate([emoji.images()[held_out[:32]], made[:32]], axis=2)
-      shown = pairs.reshape(8, 4, *pairs.shape[1:]).transpose(0, 2, 1, 3, 4)
-      report.images[f"from_{name}"] = shown.reshape(8 * pairs.shape[1], -1, 3)
+      report.scalars |= {f"heldout_{name}_{score}": value for score, value in retrieval.recall(made, true).items()}
+      pairs = np.concatenate([emoji.images()[true[:32]], made[:32]], axis=2)
+      drawn = pairs.reshape(8, 4, *pairs.shape[1:]).transpose(0, 2, 1, 3, 4)
+      report.images[f"from_{name}"] = drawn.reshape(8 * pairs.shape[1], -1, 3)
     return report
 
   def init():
