@@ -37,14 +37,13 @@ evaluate() { # STAGE MODEL
   "$python" -m deepgen_jax.evaluation --model "$2" --stage "$1" --output "$output/eval/$1" "${evaluation[@]}"
 }
 
-# Half of the configs' micro-batches and more of their updates: no more samples, and it learns more of them. Stage 2 goes faster
-# than in its config, which is meant for an SCB that has learned more before.
-small=(--config.data.batch_size=4)
+# More of stage 1 than its config has, less of stage 2, in half of its micro-batches and faster: that is meant for an SCB that
+# has learned more before.
 evaluate start tiny
-train align "${small[@]}" --config.steps=400 --config.eval.every=200 --config.checkpoint.every=200
+train align --config.steps=420 --config.eval.every=210 --config.checkpoint.every=210
 evaluate align "$output/align"
-train sft "${small[@]}" --config.steps=200 --config.optim.lr=1.2e-3 --config.eval.every=0 --config.checkpoint.every=100 \
-  "--config.init=$output/align"
+train sft --config.data.batch_size=4 --config.steps=120 --config.optim.lr=1.2e-3 --config.eval.every=0 \
+  --config.checkpoint.every=60 "--config.init=$output/align"
 evaluate sft "$output/sft"
 # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
 emoji="(('emoji',{'emoji_similarity':1.0}),)"
