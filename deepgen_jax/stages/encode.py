@@ -23,10 +23,10 @@ from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 class ImageEncoder:
   """Encodes uint8 images [H,W,3] by size, in programs of a fixed batch, so that an image's result doesn't depend on its
   neighbours. With a cache it depends on history which images are encoded together and in which rows, and rows may differ in the
-  last bit: there each image has a program's run to itself.
+  last bit: there each image has a program's run to itself, on one device.
 
-  Of several processes each encodes its own samples, however many that are, on its own devices and with its own copy of the
-  parameters: they never train outside of their pre-training.
+  Of several processes each encodes its own samples, however many that are, on its own devices. These, and an encoder that
+  deals nothing over a mesh, copy the parameters at the first call: they never train outside of their pre-training.
   """
 
   def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0, mesh=None):
@@ -36,7 +36,8 @@ class ImageEncoder:
     if jax.process_count() > 1:
       mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
     self._mesh, dealt = mesh, mesh is not None and not cache
-    self._sharding = sharding.batch_sharding(mesh) if dealt else None
+    self._sharding = sharding.batch_sharding(mesh) if dealt else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    self._dealt = dealt
     self.batch = batch * mesh.shape["data"] * mesh.shape["fsdp"] if dealt else batch
     self._cache_size, self._rows = cache, 1 if cache else self.batch
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
@@ -68,8 +69,7 @@ class ImageEncoder:
         part = group[start : start + self._rows]
         stacked = np.stack([image for _, image in part])
         stacked = np.concatenate([stacked, np.zeros((self._rows - len(part), *shape), np.uint8)])
-        if self._sharding is not None:
-          stacked = jax.device_put(stacked, self._sharding)
+        stacked = jax.device_put(stacked, self._sharding)
         outputs = [np.asarray(x) for x in self.programs[program](params, stacked)]
         found |= {key: tuple(x[row] for x in outputs) for row, (key, _) in enumerate(part)}
     room = self._cache_size - len(self._cache)
@@ -82,11 +82,12 @@ class ImageEncoder:
     self._here("features", {"vlm": {"vision": params["vlm"]["vision"]}})
 
   def _here(self, program: str, params):
-    """The parameters where this process can run a program by itself."""
-    if jax.process_count() == 1:
+    """The parameters where this process can run a program by itself: on several devices all of them would do the same."""
+    if self._dealt and jax.process_count() == 1:
       return params
     if program not in self._copies:
-      self._copies[program] = distributed.whole_on(params, sharding.param_shardings(params, self._mesh))
+      rules = sharding.param_shardings(params, self._mesh) if self._dealt else jax.tree.map(lambda _: self._sharding, params)
+      self._copies[program] = distributed.whole_on(params, rules) if jax.process_count() > 1 else jax.device_put(params, rules)
     return self._copies[program]
 
 
