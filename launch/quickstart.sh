@@ -37,16 +37,16 @@ evaluate() { # STAGE MODEL
   "$python" -m deepgen_jax.evaluation --model "$2" --stage "$1" --output "$output/eval/$1" "${evaluation[@]}"
 }
 
-# Fewer updates than the configs have, to be done in a quarter of an hour; stage 2 goes gently, or it undoes in so few updates
+# Small updates, because a young SCB learns more by many than by large ones. Stage 2 goes gently, or in so few updates it undoes
 # what stage 1 has learned.
 evaluate start tiny
-train align --config.steps=150 --config.eval.every=0
+train align --config.data.batch_size=4 --config.steps=320 --config.eval.every=0
 evaluate align "$output/align"
-train sft --config.steps=30 --config.optim.lr=3e-4 --config.eval.every=0 "--config.init=$output/align"
+train sft --config.steps=60 --config.optim.lr=3e-4 --config.eval.every=0 "--config.init=$output/align"
 evaluate sft "$output/sft"
 # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
 emoji="(('emoji',{'emoji_similarity':1.0}),)"
-train grpo "--config.init=$output/sft" --config.steps=4 --config.eval.every=0 --config.grpo.sft_weight=0 \
+train grpo "--config.init=$output/sft" --config.steps=6 --config.eval.every=0 --config.grpo.sft_weight=0 \
   --config.grpo.kl_weight=0 "--config.grpo.rewards=$emoji"
 evaluate grpo "$output/grpo"
 
