@@ -5,9 +5,9 @@ python -m deepgen_jax.train --config configs/sft.py:full --workdir gs://... --co
     --config.mesh.data=2 --config.mesh.fsdp=4        v5p:2x2x2, modelled: 8.5 s an update (MFU 40 %), 86 GiB a chip; README.md
 
 Measured, tiny: after align with 900 updates, --config.steps=240 (8 min) takes the held-out loss from 0.207 to 0.204, and in
-retrieval generation has R@1 22.7 %, R@5 54.7 %, edits have R@1 50.8 %, R@5 83.6 %. More in README.md. In short runs
-a higher rate undoes what align has learned: after 280 updates of it, 60 of 12 samples at 1.2e-3 took R@5 of captions from 12 %
-to 3 %; 50 of 24 at 3e-4 kept it at 12 %.
+retrieval generation has R@1 22.7 %, R@5 54.7 %, edits have R@1 50.8 %, R@5 83.6 %. More in README.md. In short runs a
+higher rate undoes what align has learned: after 280 updates of it, 60 of 12 samples at 1.2e-3 took R@5 of captions from 12 % to
+3 %; 50 of 24 at 3e-4 kept it at 12 %.
 
 python -m deepgen_jax.train --config configs/sft.py:full_lora --workdir runs/lora --config.init=PATH       compiled: 13.3 GiB
 
