@@ -31,7 +31,7 @@ class HeldOut:
     if count < BATCH:
       raise UserError(f"config.eval.samples is {count}; held-out samples are judged in batches of {BATCH}: give at least that")
     config = model.config
-    self._model, self._encoder = model, ImageEncoder(model, cache=10 * count)
+    self._model, self._encoder = model, ImageEncoder(model, cache=10 * count, mesh=mesh)
     spec = DataSpec(image_size=config.image_size, num_think_tokens=config.scb.num_think_tokens, text_buckets=(128, 1024))
     self._batches, self._samples = [], {}
     divided = BATCH % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0

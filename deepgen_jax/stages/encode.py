@@ -23,27 +23,27 @@ from deepgen_jax.models.deepgen import DeepGen, pad_tokens, token_budget
 class ImageEncoder:
   """Encodes uint8 images [H,W,3] by size, in programs of a fixed batch, so that an image's result doesn't depend on its
   neighbours. With a cache it depends on history which images are encoded together and in which rows, and rows may differ in the
-  last bit: there each image has a program's run to itself, on one device.
+  last bit: there each image has a device to itself in a program's run.
 
   Of several processes each encodes its own samples, however many that are, on its own devices. These, and an encoder that
   deals nothing over a mesh, copy the parameters at the first call: they never train outside of their pre-training.
   """
 
   def __init__(self, model: DeepGen, batch: int = 8, cache: int = 0, mesh=None):
-    """batch: images of a program, or of each device in it where a mesh deals them (of several processes: each's own devices);
-    with a cache, one.
+    """batch: images of a program, or of each device in it where a mesh deals them (of several processes: each's own devices).
+    With a cache it's one, and `batch` what a caller does well to bring at a time.
     """
     if jax.process_count() > 1:
       mesh = sharding.make_mesh({"data": 1, "fsdp": -1}, jax.local_devices())
-    self._mesh, dealt = mesh, mesh is not None and not cache
-    self._sharding = sharding.batch_sharding(mesh) if dealt else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    self._dealt = dealt
-    self.batch = batch * mesh.shape["data"] * mesh.shape["fsdp"] if dealt else batch
-    self._cache_size, self._rows = cache, 1 if cache else self.batch
+    self._mesh, self._dealt = mesh, mesh is not None
+    devices = mesh.shape["data"] * mesh.shape["fsdp"] if self._dealt else 1
+    self._sharding = sharding.batch_sharding(mesh) if self._dealt else jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    self.batch, self._rows = batch * devices, devices if cache else batch * devices
+    self._cache_size = cache
     self._cache: dict[tuple, tuple[np.ndarray, ...]] = {}
     self._copies: dict[str, Mapping] = {}
     features = lambda params, images: (model.vision_features(params, images),)
-    program = partial(sharding.jit, mesh=mesh) if dealt else jax.jit
+    program = partial(sharding.jit, mesh=mesh) if self._dealt else jax.jit
     self.programs = {"moments": program(model.encode_moments), "features": program(features)}
 
   def moments(self, params: Mapping, images: Sequence[np.ndarray]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -62,7 +62,7 @@ class ImageEncoder:
     keys = [(program, image.shape, hashlib.blake2b(image.tobytes(), digest_size=16).digest()) for image in images]
     found = {key: self._cache[key] for key in keys if key in self._cache}
     missing = {key: image for key, image in zip(keys, images) if key not in found}
-    params = self._here(program, params)
+    params, ran = self._here(program, params), []
     for shape in {image.shape for image in missing.values()}:
       group = [(key, image) for key, image in missing.items() if image.shape == shape]
       for start in range(0, len(group), self._rows):
@@ -70,8 +70,10 @@ class ImageEncoder:
         stacked = np.stack([image for _, image in part])
         stacked = np.concatenate([stacked, np.zeros((self._rows - len(part), *shape), np.uint8)])
         stacked = jax.device_put(stacked, self._sharding)
-        outputs = [np.asarray(x) for x in self.programs[program](params, stacked)]
-        found |= {key: tuple(x[row] for x in outputs) for row, (key, _) in enumerate(part)}
+        ran.append((part, self.programs[program](params, stacked)))
+    for part, outputs in ran:
+      outputs = [np.asarray(x) for x in outputs]
+      found |= {key: tuple(x[row] for x in outputs) for row, (key, _) in enumerate(part)}
     room = self._cache_size - len(self._cache)
     self._cache |= {key: found[key] for key in list(missing)[: max(room, 0)]}
     return [found[key] for key in keys]
