@@ -25,6 +25,19 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
   return arguments
 
 
+def named_values(option: str, words: Sequence[str]) -> list[tuple[str, str]]:
+  """NAME=VALUE words of a repeated option -> (name, value) in order; raises UserError for others and for a name given twice."""
+  pairs = []
+  for word in words:
+    name, _, value = word.partition("=")
+    if not name or not value:
+      raise UserError(f"{option} {word!r}: write {option} NAME=VALUE")
+    if name in dict(pairs):
+      raise UserError(f"{option}: the name {name!r} stands twice; give each its own")
+    pairs.append((name, value))
+  return pairs
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """-> (the other words, config overrides KEY=VALUE without their "--config." prefix)."""
   overrides, rest, expects_value = [], [], False

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from deepgen_jax import atomic
-from deepgen_jax.cli import parse
+from deepgen_jax.cli import named_values, parse
 from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.reporting.results import Run, Stage, check_same_samples, read_run, read_stage, with_change_of_reward
 
@@ -52,20 +52,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   )
   parser.add_argument("--run", action="append", default=[], metavar="NAME=WORKDIR", help="a training; repeat, in order")
   arguments = parse(parser, argv)
-  arguments.stage, arguments.run = _pairs("--stage", arguments.stage), _pairs("--run", arguments.run)
+  arguments.stage, arguments.run = named_values("--stage", arguments.stage), named_values("--run", arguments.run)
   return arguments
-
-
-def _pairs(option: str, values: Sequence[str]) -> list[tuple[str, str]]:
-  pairs = []
-  for value in values:
-    name, _, folder = value.partition("=")
-    if not name or not folder:
-      raise UserError(f"{option} {value!r}: write {option} NAME=FOLDER")
-    if name in dict(pairs):
-      raise UserError(f"{option}: the name {name!r} stands twice; give each its own")
-    pairs.append((name, folder))
-  return pairs
 
 
 def main() -> None:

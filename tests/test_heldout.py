@@ -61,28 +61,46 @@ def test_too_few_samples_are_refused(pipe, emoji):
     HeldOut(pipe.model, pipe.tokenizer, {"generate": EmojiGeneration(emoji, held_out=True)}, 8, pipe.mesh)
 
 
-def test_the_command_writes_scores_and_samples(emoji, emoji_dir, tmp_path, monkeypatch, capsys):
-  model = save_model(tmp_path / "model", draw_params(), ("vlm", "dit", "vae"))  # a base: it gets a fresh SCB
-  options = ["--model", model, "--stage", "start", "--output", tmp_path / "out", "--data_dir", emoji_dir]
-  options += ["--edits", 25, "--steps", 1, "--guidance", 1]
+def run(monkeypatch, capsys, *options) -> tuple[int, str, str]:
+  """The command -> (exit code, stdout, stderr)."""
   monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, options)])
   with pytest.raises(SystemExit) as end:
     run_command(evaluation.main)
-  assert end.value.code == 0, capsys.readouterr().err
-  stage = read_stage("start", tmp_path / "out")
-  printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-  assert printed == stage.scores and printed["captions"] == emoji.held_out.sum() and printed["edits"] == 25
-  assert 0 <= printed["generation_r1"] <= printed["generation_r5"] < 0.1  # random weights
-  np.testing.assert_array_equal(stage.samples["true"], emoji.images()[np.flatnonzero(emoji.held_out)])
+  return end.value.code, *capsys.readouterr()
+
+
+def test_the_command_writes_scores_and_samples(emoji, emoji_dir, tmp_path, monkeypatch, capsys):
+  params, parts = draw_params(), ("vlm", "dit", "vae")
+  start = save_model(tmp_path / "start", params, parts)  # a base: it gets a fresh SCB
+  trained = save_model(tmp_path / "trained", params)
+  few = ["--data_dir", emoji_dir, "--edits", 25, "--steps", 1, "--guidance", 1]
+  both = ["--stage", f"start={start}", "--stage", f"trained={trained}"]
+  code, out, err = run(monkeypatch, capsys, *both, "--output", tmp_path / "out", *few)
+  assert code == 0, err
+  printed = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+  stages = [read_stage(name, tmp_path / "out" / name) for name in ("start", "trained")]
+  assert printed == [stage.scores for stage in stages]
+  for stage, scores in zip(stages, printed):
+    assert scores["captions"] == emoji.held_out.sum() and scores["edits"] == 25
+    assert 0 <= scores["generation_r1"] <= scores["generation_r5"] < 0.1  # random weights
+    np.testing.assert_array_equal(stage.samples["true"], emoji.images()[np.flatnonzero(emoji.held_out)])
+  assert printed[0]["heldout_loss"] != printed[1]["heldout_loss"]
+  code, out, err = run(monkeypatch, capsys, "--stage", f"trained={trained}", "--output", tmp_path / "alone", *few)
+  alone = read_stage("trained", tmp_path / "alone" / "trained")
+  assert alone.scores == printed[1]  # whatever was scored before it
+  np.testing.assert_array_equal(alone.samples["edited"], stages[1].samples["edited"])
 
 
 @pytest.mark.parametrize(
   "options, message",
-  [(["--model", "no/such"], "no such folder"), (["--stages", "x"], "Did you mean '--stage'")],
+  [
+    (["--stage", "s=no/such"], "no such folder"),
+    (["--stage", "tiny"], "write --stage NAME=VALUE"),
+    (["--stage", "s=tiny", "--stages", "x"], "Did you mean '--stage'"),
+    (["--stage", "s=tiny", "--stage", "t=no/such"], "no such folder"),  # before the first is scored
+  ],
 )
 def test_mistakes_end_with_code_2(options, message, tmp_path, monkeypatch, capsys):
-  monkeypatch.setattr(sys, "argv", ["evaluation", "--model", "m", "--stage", "s", "--output", str(tmp_path / "o"), *options])
-  with pytest.raises(SystemExit) as end:
-    run_command(evaluation.main)
-  assert end.value.code == 2 and message in capsys.readouterr().err
+  code, _, err = run(monkeypatch, capsys, "--output", tmp_path / "o", *options)
+  assert code == 2 and message in err
   assert not (tmp_path / "o").exists()

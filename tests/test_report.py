@@ -209,8 +209,8 @@ def test_other_numbers_in_metrics_and_non_finite_losses_do_no_harm(root, tmp_pat
 @pytest.mark.parametrize(
   "words, message",
   [
-    (["--stage", "sft"], "write --stage NAME=FOLDER"),
-    (["--stage", "=x"], "write --stage NAME=FOLDER"),
+    (["--stage", "sft"], "write --stage NAME=VALUE"),
+    (["--stage", "=x"], "write --stage NAME=VALUE"),
     (["--stage", "a=x", "--stage", "a=y"], "'a' stands twice"),
     (["--stage", "a=x", "--stages", "b=y"], "'--stages'. Did you mean '--stage'"),
     (["--stage", "a=nowhere"], "nowhere/scores.json not found"),
