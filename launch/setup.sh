@@ -37,7 +37,7 @@ fi
 stamp=$venv/.installed-$extra
 if ! cmp --silent setup.py "$stamp"; then
   echo "installing deepgen_jax[$extra] into $venv"
-  pip=("$venv/bin/python" -m pip --disable-pip-version-check install -qq) # errors only
+  pip=("$venv/bin/python" -m pip --disable-pip-version-check install --no-compile -qq) # errors only
   if [[ $extra == test && $(version_of "$venv/bin/python") == 3.11 ]]; then
     "${pip[@]}" torch==2.13.0 # first and alone, so that nothing else decides which build of it
   fi
