@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole of it in miniature, on a CPU: starts from the tiny base that is shipped, aligns, fine-tunes, and scores the model
-# before and after each stage on emoji that it has never seen. Writes runs/quickstart/{report.html,report.png,scores.json}.
+# The whole of it in miniature, on a CPU: starts from the tiny base that is shipped, aligns, fine-tunes, reinforces, and scores the
+# model before and after each stage on emoji that it has never seen. Writes runs/quickstart/{report.html,report.png,scores.json}.
 #   bash launch/quickstart.sh
 # Run again, it goes on where it stopped; remove runs/quickstart to begin anew. QUICKSTART_STEPS=2 makes a rehearsal with
 # two updates a stage and a small evaluation, in runs/quickstart-2. Stage 3 has a few updates here, enough to see it run.
@@ -14,7 +14,7 @@ export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 output=runs/quickstart evaluation=(--edits 120)
-training=(--config.eval.pictures=false --config.eval.samples=80) # what is scored below, needn't be drawn on the way
+training=(--config.eval.every=0) # what is scored at the end
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
   output=runs/quickstart-$QUICKSTART_STEPS
   training+=("--config.steps=$QUICKSTART_STEPS")
@@ -31,24 +31,25 @@ train() { # STAGE [OPTION ...]
   "$python" -m deepgen_jax.train --config "configs/$1.py:tiny" --workdir "$output/$1" "${@:2}" "${training[@]}"
 }
 
-evaluate() { # STAGE MODEL
-  scored "$1" && return
-  clock "$1: held-out captions and edits"
-  "$python" -m deepgen_jax.evaluation --model "$2" --stage "$1" --output "$output/eval/$1" "${evaluation[@]}"
-}
-
 # Small updates, because a young SCB learns more by many than by large ones. Stage 2 goes gently, or in so few updates it undoes
 # what stage 1 has learned.
-evaluate start tiny
-train align --config.data.batch_size=4 --config.steps=320 --config.eval.every=0
-evaluate align "$output/align"
-train sft --config.steps=60 --config.optim.lr=3e-4 --config.eval.every=0 "--config.init=$output/align"
-evaluate sft "$output/sft"
+train align --config.data.batch_size=4 --config.steps=320
+train sft --config.steps=60 --config.optim.lr=3e-4 "--config.init=$output/align"
 # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
 emoji="(('emoji',{'emoji_similarity':1.0}),)"
-train grpo "--config.init=$output/sft" --config.steps=6 --config.eval.every=0 --config.grpo.sft_weight=0 \
+train grpo "--config.init=$output/sft" --config.steps=6 --config.grpo.sft_weight=0 \
   --config.grpo.kl_weight=0 "--config.grpo.rewards=$emoji"
-evaluate grpo "$output/grpo"
+
+models=()
+for stage in start align sft grpo; do
+  model=$output/$stage
+  [[ $stage == start ]] && model=tiny
+  scored "$stage" || models+=(--stage "$stage=$model")
+done
+if ((${#models[@]})); then
+  clock "held-out captions and edits, before and after each stage"
+  "$python" -m deepgen_jax.evaluation --output "$output/eval" "${models[@]}" "${evaluation[@]}"
+fi
 
 clock "report"
 drawn=()
