@@ -83,13 +83,13 @@ class Checkpointer:
     and if a value isn't finite.
     """
     leaves = flat(state)
-    sums, finite = jax.device_get(_digest(leaves))
-    if bad := next((name for name in sorted(leaves) if not finite[name]), None):
+    digest = _digest(leaves)
+    if bad := next((name for name, (_, finite) in sorted(digest.items()) if not finite), None):
       raise UserError(
         f"after update {step} {bad} isn't finite: not saved, the checkpoint before is kept. Lower config.optim.lr, or look at "
         "the data of the last updates"
       )
-    data = data_state | {"sums": {name: int(value) for name, value in sums.items()}}
+    data = data_state | {"sums": {name: int(value) for name, (value, _) in digest.items()}}
     args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data))
     self._reporting(lambda: self._manager.save(step, args=args, force=True))
 
@@ -144,25 +144,30 @@ def _is_full(error: BaseException | None) -> bool:
   return full or bool(words) or _is_full(error.__cause__ or error.__context__)
 
 
-def _sum(leaf) -> jax.Array:
-  """The leaf's bits, taken as whole numbers and added up modulo 2^32: the same however it is laid out."""
-  bits = jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize])
-  return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-
 @jax.jit
-def _digest(leaves: dict) -> tuple[dict, dict]:
-  """{name: leaf} -> ({name: checksum}, {name: whether all of it is finite})."""
-  return jax.tree.map(_sum, leaves), jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), leaves)
+def _device_digest(leaves: dict) -> dict:
+  """As `_digest`, in one program."""
+  unsigned = lambda leaf: jax.lax.bitcast_convert_type(leaf, _UNSIGNED[leaf.dtype.itemsize]).astype(jnp.uint32)
+  return jax.tree.map(lambda leaf: (unsigned(leaf).sum(dtype=np.uint32), jnp.isfinite(leaf).all()), leaves)
+
+
+def _digest(leaves: dict) -> dict:
+  """{name: leaf} -> {name: (checksum, whether all of it is finite)}. The checksum is the sum of the leaf's bits, taken as whole
+  numbers, modulo 2^32: the same however it is laid out.
+  """
+  if jax.default_backend() != "cpu" or jax.process_count() > 1:
+    return jax.device_get(_device_digest(leaves))
+  host = {name: np.asarray(leaf) for name, leaf in leaves.items()}  # XLA would compile for longer than NumPy adds
+  unsigned = lambda leaf: leaf.view(_UNSIGNED[leaf.dtype.itemsize])
+  return {name: (unsigned(leaf).sum(dtype=np.uint32), np.isfinite(leaf).all()) for name, leaf in host.items()}
 
 
 def _verify(leaves: dict, data: dict) -> None:
   """Raises ValueError, which counts as damage, for what isn't as it was saved; older checkpoints have no checksums."""
-  sums, finite = jax.device_get(_digest(leaves))
-  for name in sorted(leaves):
-    if not finite[name]:
+  for name, (value, finite) in sorted(_digest(leaves).items()):
+    if not finite:
       raise ValueError(f"{name} isn't finite")
-    if int(sums[name]) != data.get("sums", {}).get(name, int(sums[name])):
+    if int(value) != data.get("sums", {}).get(name, int(value)):
       raise ValueError(f"{name} isn't what was saved")
 
 

@@ -181,12 +181,31 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_restored(workdir, mon
   with pytest.raises(UserError, match=r"after update 6 ema/scb/norm/scale isn't finite: not saved"):
     ckpt.save(6, bad, {"micro_batches": 60})
   digest = checkpoint._digest  # as an earlier version, or another program, would have saved it
-  monkeypatch.setattr(checkpoint, "_digest", lambda leaves: (digest(leaves)[0], dict.fromkeys(leaves, True)))
+  monkeypatch.setattr(
+    checkpoint, "_digest", lambda leaves: {name: (value, True) for name, (value, _) in digest(leaves).items()}
+  )
   ckpt.save(6, bad, {"micro_batches": 60})
   ckpt.close()
   monkeypatch.undo()
   assert_is(restore(workdir), 4)
   assert "6 is damaged (ema/scb/norm/scale isn't finite)" in capfd.readouterr().err
+
+
+def test_the_checksums_of_hosts_and_devices_are_the_same():
+  """A pod's checkpoint opens on a workstation, whichever way each reckons; float32, bfloat16, int32, sharded, transposed."""
+  values = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
+  mesh = sharding.make_mesh({"data": 8})
+  leaves = {
+    "float32": jax.device_put(values, sharding.batch_sharding(mesh)),
+    "transposed": jnp.asarray(values).T,
+    "bfloat16": jnp.asarray(-values, jnp.bfloat16),
+    "int32": jnp.int32(-4),
+    "nan": jnp.array([1, jnp.nan]),
+  }
+  host, device = checkpoint._digest(leaves), jax.device_get(checkpoint._device_digest(leaves))
+  assert host == device and {name for name, (_, finite) in host.items() if not finite} == {"nan"}
+  other = leaves | {"float32": jnp.asarray(values).at[3, 4].add(1e-6)}
+  assert checkpoint._digest(other)["float32"] != host["float32"]
 
 
 def test_a_checkpoint_of_another_state_names_the_first_leaf_that_differs(workdir):
