@@ -31,6 +31,7 @@ from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages import rollouts, supervised
 from deepgen_jax.stages.encode import ImageEncoder, images_per_device
+from deepgen_jax.stages.step import comes_last
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
   size, tasks = config.data.batch_size, list(config.data.pattern)
   pictures = {} if config.data.precomputed else _pictures(tasks)
 
-  def train(batch) -> Callable:
-    return lambda: step.lower(state, frozen, dealt(batch, mesh), rng)
+  def train(batch, completes: bool = True) -> Callable:
+    return lambda: step.lower(state, frozen, dealt(batch, mesh), rng, completes=completes)
 
   def learned(runs: float, beside: float = 0.0) -> dict[str, Part]:
     """The supervised batches, `runs` times an update, and the encoders of their images, unless they are precomputed."""
@@ -80,7 +81,8 @@ def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
     for task in dict.fromkeys(tasks):
       batch = train_batch(config, model, task, prompt_tokens, size)
       batch |= jax.eval_shape(lambda: _weights(config, size)) if config.stage == "grpo" else {}
-      parts[task] = Part(train(batch), runs * tasks.count(task), beside, updates=True)
+      last = comes_last(config, task)
+      parts[task] = Part(train(batch, last), runs * tasks.count(task), beside, updates=last)
     encoder = ImageEncoder(model, images_per_device(size, mesh), mesh=mesh)
     side = model.config.image_size
     images = dealt(jax.ShapeDtypeStruct((encoder.batch, side, side, 3), np.uint8), mesh)

@@ -7,6 +7,7 @@ A stage brings `loss(params, batch, keys) -> (per-sample loss [B], metrics)`; th
 An update is `accumulate` micro-batches, each weighing the same: clip by global norm, AdamW, EMA; only then `step` rises. An
 update whose loss or gradient isn't finite changes no weight and is counted. A batch may say otherwise: "micro_batches" int [B],
 how many its update has, and "weight" float [B], a factor on the samples' losses whose mean over the update's samples is 1.
+Where a task never comes last in an update, train_step(..., completes=False) is its program, without the optimizer in it.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def make_train_step(
   old_decay: tuple = (0.0, 0.0),
   dtype=np.float32,
 ) -> Callable:
-  """Builds train_step(state, frozen, batch, rng) -> (state, metrics).  batch is a dict with "sample_id" uint32 [B].
+  """Builds train_step(state, frozen, batch, rng, completes=True) -> (state, metrics).  batch is a dict with "sample_id" uint32
+  [B]; completes, static: whether it may be an update's last.
 
   old_decay (rise, most): update s keeps min(rise s, most) of the slower policy, where the state has one. A batch with weights
   reports the gradient norms of its share and of the update so far: an update of several terms is told apart by them.
@@ -156,7 +158,7 @@ def make_train_step(
     )
     return done, norm
 
-  def train_step(state: TrainState, frozen, batch: dict, rng: Array) -> tuple[TrainState, dict]:
+  def train_step(state: TrainState, frozen, batch: dict, rng: Array, completes: bool = True) -> tuple[TrainState, dict]:
     keys = sample_keys(rng, state.step, batch["sample_id"])
     count = batch["micro_batches"][0] if "micro_batches" in batch else accumulate
 
@@ -177,9 +179,9 @@ def make_train_step(
       state, norm = finish(state, sums, count)
       state = state.replace(grads=zeros)
     else:
-      state = state.replace(grads=sums)
-      unfinished = lambda s: (s, jnp.zeros(()))
-      state, norm = jax.lax.cond(state.micro == count, lambda s: finish(s, s.grads, count), unfinished, state)
+      state, norm = state.replace(grads=sums), jnp.zeros(())
+      if completes:
+        state, norm = jax.lax.cond(state.micro == count, lambda s: finish(s, s.grads, count), lambda s: (s, norm), state)
     metrics = metrics | {
       "micro_loss": value,
       "loss": update_loss,
@@ -224,4 +226,9 @@ def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
     dtype=stage.dtype,
   )
   out = (shardings, sharding.replicated(mesh))
-  return fresh, shardings, sharding.jit(step, mesh, donate_argnums=0, out_shardings=out)
+  return fresh, shardings, sharding.jit(step, mesh, donate_argnums=0, out_shardings=out, static_argnames="completes")
+
+
+def comes_last(config, task: str) -> bool:
+  """Whether a micro-batch of this task may be its update's last: `completes` of its train step."""
+  return config.stage != "supervised" or task == config.data.pattern[-1]

@@ -72,6 +72,20 @@ def test_updates_equal_optax_on_the_mean_of_their_micro_batches(setup):
   assert int(state.step) == 3 and int(state.micro) == 0
 
 
+def test_a_program_that_completes_no_update_does_the_same_to_the_first_micro_batch(setup):
+  step, fresh, frozen = setup
+  optimizer, schedule = make_optimizer(OPTIM, 100)
+  early = make_train_step(linear_loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9)
+  early = jax.jit(early, static_argnames="completes")
+  never = lambda *arguments: early(*arguments, completes=False)
+  both = (jax.tree.leaves(run(one, fresh(), frozen, [make_batch(0)])) for one in (step, never))
+  for whole, without in zip(*both, strict=True):
+    np.testing.assert_allclose(whole, without, rtol=1e-6)
+  arguments = fresh(), frozen, make_batch(0), jax.random.key(0)
+  assert "sqrt" in step.lower(*arguments).as_text()  # AdamW's
+  assert "sqrt" not in early.lower(*arguments, completes=False).as_text()
+
+
 def test_a_batch_may_weigh_its_samples_and_say_how_many_its_update_has(setup):
   """Three micro-batches where the step expects two: the gradient is that of the weighted mean, and each share has its norm."""
   step, fresh, frozen = setup
