@@ -33,8 +33,8 @@ train() { # STAGE [OPTION ...]
 
 # Small updates, because a young SCB learns more by many than by large ones. Stage 2 goes gently, or in so few updates it undoes
 # what stage 1 has learned.
-train align --config.data.batch_size=4 --config.steps=320
-train sft --config.steps=60 --config.optim.lr=3e-4 "--config.init=$output/align"
+train align --config.data.batch_size=2 --config.steps=500 # two samples of a task at a time: eight an update
+train sft --config.data.batch_size=4 --config.steps=100 --config.optim.lr=3e-4 "--config.init=$output/align"
 # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
 emoji="(('emoji',{'emoji_similarity':1.0}),)"
 train grpo "--config.init=$output/sft" --config.steps=6 --config.grpo.sft_weight=0 \
