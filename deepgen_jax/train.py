@@ -21,7 +21,7 @@ from deepgen_jax.cli import parse, split_overrides, start_command
 from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import Stalled, UserError, run_command
 from deepgen_jax.log import Log, Profiler, SampleLog, Silent
-from deepgen_jax.stages.step import between_updates, comes_last, full_params, in_compute_dtype, jit_step
+from deepgen_jax.stages.step import between_updates, may_complete, full_params, in_compute_dtype, jit_step
 
 LAST_SAVE = 600  # seconds that a run may take to save when its data hangs
 
@@ -118,8 +118,7 @@ def _train(config, workdir: epath.Path, stop: distributed.Stop) -> None:
         for batch in stage.prepare(full_params(state, frozen), host):
           _count_program(programs, batch, config.max_programs)
           sample_log.write(done + 1, samples.consumed - 1, batch["sample_id"])
-          completes = comes_last(config, config.data.pattern[place % len(config.data.pattern)])
-          state, found = step(state, frozen, sharding.put_batch(batch, mesh), rng, completes=completes)
+          state, found = step(state, frozen, sharding.put_batch(batch, mesh), rng, completes=may_complete(config, place))
           metrics.append(found)
       done, data_state = done + 1, {"micro_batches": samples.consumed}
       write()

@@ -31,7 +31,7 @@ from deepgen_jax.models.config import SIZES
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages import rollouts, supervised
 from deepgen_jax.stages.encode import ImageEncoder, images_per_device
-from deepgen_jax.stages.step import comes_last
+from deepgen_jax.stages.step import may_complete
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ def make_plan(config, mesh, prompt_tokens: int, memory: float) -> Plan:
     for task in dict.fromkeys(tasks):
       batch = train_batch(config, model, task, prompt_tokens, size)
       batch |= jax.eval_shape(lambda: _weights(config, size)) if config.stage == "grpo" else {}
-      last = comes_last(config, task)
-      parts[task] = Part(train(batch, last), runs * tasks.count(task), beside, updates=last)
+      updates = may_complete(config, tasks.index(task))
+      parts[task] = Part(train(batch, updates), runs * tasks.count(task), beside, updates=updates)
     encoder = ImageEncoder(model, images_per_device(size, mesh), mesh=mesh)
     side = model.config.image_size
     images = dealt(jax.ShapeDtypeStruct((encoder.batch, side, side, 3), np.uint8), mesh)

@@ -229,6 +229,7 @@ def jit_step(config, stage, trainable, mesh) -> tuple[Callable, Any, Callable]:
   return fresh, shardings, sharding.jit(step, mesh, donate_argnums=0, out_shardings=out, static_argnames="completes")
 
 
-def comes_last(config, task: str) -> bool:
-  """Whether a micro-batch of this task may be its update's last: `completes` of its train step."""
-  return config.stage != "supervised" or task == config.data.pattern[-1]
+def may_complete(config, place: int) -> bool:
+  """Whether the task of an update's micro-batch number `place` has the update's last one too: `completes` of its train step."""
+  pattern = config.data.pattern
+  return config.stage != "supervised" or pattern[place] == pattern[-1]
