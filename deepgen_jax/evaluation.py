@@ -1,8 +1,8 @@
 """Scores tiny models on what they have never seen: `python -m deepgen_jax.evaluation --stage sft=runs/sft --output runs/eval`.
 
-Retrieval (design section 5): every held-out caption and up to --edits held-out edit triplets make one image each, seed = index;
-is the true emoji the nearest of all 3,953, or among the nearest five? Beside it the flow-matching loss on the same samples
-with fixed noise, the pixel error outside the true change of an edit, and the reward that stage 3 learns from (emoji_similarity)
+Retrieval (design section 5): up to --captions held-out captions and --edits edit triplets make one image each, seed = index; is
+the true emoji the nearest of all 3,953, or among the nearest five? Beside it the flow-matching loss on held-out samples with
+fixed noise, the pixel error outside the true change of an edit, and the reward that stage 3 learns from (emoji_similarity)
 on the same images of captions. Writes scores.json and samples.npz of each model into its folder, OUTPUT/NAME, which
 `deepgen_jax.report` draws. Models of one base share what is compiled and what is encoded: score them in one command.
 """
@@ -23,7 +23,7 @@ from deepgen_jax.cli import named_values, parse, start_command
 from deepgen_jax.data import emoji as emoji_data
 from deepgen_jax.data.retrieval import Retrieval, error_outside_change
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration
-from deepgen_jax.errors import run_command
+from deepgen_jax.errors import UserError, run_command
 from deepgen_jax.heldout import GUIDANCE, STEPS, HeldOut, generate
 from deepgen_jax.models.config import DeepGenConfig
 from deepgen_jax.models.deepgen import DeepGen
@@ -37,12 +37,16 @@ from deepgen_jax.weights.load import open_weights
 class Evaluator:
   """Scores one model after another, each like the others."""
 
-  def __init__(self, data_dir: str, *, edits: int = 500, steps: int = STEPS, guidance: float = GUIDANCE):
-    """data_dir: where the emoji set is built; edits: held-out triplets, at most 500; steps, guidance: of the sampler."""
+  def __init__(self, data_dir: str, *, captions: int = 225, edits: int = 500, steps: int = STEPS, guidance: float = GUIDANCE):
+    """data_dir: where the emoji set is built; captions, edits: held-out ones, at most 225 and 500, fewer captions at even
+    distances; steps, guidance: of the sampler.
+    """
     emoji = emoji_data.prepare(data_dir)
     self._gallery = emoji.images()
     self._captions, self._triplets = EmojiGeneration(emoji, held_out=True), EmojiEdits(emoji, held_out=True, limit=edits)
-    self._names = [emoji.captions[i] for i in self._captions.indices]
+    count = len(self._captions)
+    self._true = self._captions.indices[np.arange(min(captions, count)) * count // min(captions, count)]
+    self._names = [emoji.captions[i] for i in self._true]
     self._sampler = {"steps": steps, "guidance": guidance}
     self._retrieval, self._reward = Retrieval(self._gallery), emoji_similarity(data_dir)
     self._pipe = self._held_out = None
@@ -69,7 +73,7 @@ class Evaluator:
     instructions = [edit.instructions[0] for edit in edits]
     source, true = (self._gallery[[getattr(edit, which) for edit in edits]] for which in ("source", "target"))
     edited = generate(self._pipe, instructions, source, **self._sampler)
-    by_caption = self._retrieval.recall(generated, self._captions.indices)
+    by_caption = self._retrieval.recall(generated, self._true)
     by_edit = self._retrieval.recall(edited, [edit.target for edit in edits])
     scores = {
       "generation_r1": by_caption["r1"],
@@ -84,7 +88,7 @@ class Evaluator:
       "sampler_steps": self._sampler["steps"],
       "guidance": self._sampler["guidance"],
     }
-    samples = {"captions": np.array(names), "generated": generated, "true": self._gallery[self._captions.indices]}
+    samples = {"captions": np.array(names), "generated": generated, "true": self._gallery[self._true]}
     samples |= {"instructions": np.array(instructions), "source": source, "edited": edited, "edit_true": true}
     return scores, samples
 
@@ -115,12 +119,16 @@ def main() -> None:
   parser.add_argument("--base", default=None, help="frozen parts of workdirs, if not where their runs recorded")
   parser.add_argument("--output", required=True, metavar="DIR", help="a folder for each NAME is made in it")
   parser.add_argument("--data_dir", default="runs/data", help="where the emoji set is built")
-  parser.add_argument("--edits", type=int, default=500, help="held-out triplets, at most 500")
+  parser.add_argument("--captions", type=int, default=225, help="held-out captions, 1 to 225")
+  parser.add_argument("--edits", type=int, default=500, help="held-out triplets, 1 to 500")
   parser.add_argument("--steps", type=int, default=STEPS)
   parser.add_argument("--guidance", type=float, default=GUIDANCE)
   arguments = parse(parser, sys.argv[1:])
   models = {name: open_weights(path, arguments.base) for name, path in named_values("--stage", arguments.stage)}
-  evaluator = Evaluator(arguments.data_dir, edits=arguments.edits, steps=arguments.steps, guidance=arguments.guidance)
+  if min(arguments.captions, arguments.edits) < 1:
+    raise UserError(f"--captions {arguments.captions}, --edits {arguments.edits}: give at least 1 of each")
+  asked = {name: getattr(arguments, name) for name in ("captions", "edits", "steps", "guidance")}
+  evaluator = Evaluator(arguments.data_dir, **asked)
   for name, model in models.items():
     scores, samples = evaluator.score(model.config, model.params(), model.tokenizer())
     folder = epath.Path(arguments.output) / name

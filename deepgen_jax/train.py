@@ -21,7 +21,7 @@ from deepgen_jax.cli import parse, split_overrides, start_command
 from deepgen_jax.config import flatten, load_config, to_json
 from deepgen_jax.errors import Stalled, UserError, run_command
 from deepgen_jax.log import Log, Profiler, SampleLog, Silent
-from deepgen_jax.stages.step import between_updates, may_complete, full_params, in_compute_dtype, jit_step
+from deepgen_jax.stages.step import between_updates, full_params, in_compute_dtype, jit_step, may_complete
 
 LAST_SAVE = 600  # seconds that a run may take to save when its data hangs
 

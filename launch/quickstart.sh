@@ -13,13 +13,13 @@ python=${VENV:-.venv}/bin/python
 export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
-output=runs/quickstart evaluation=(--edits 120)
+output=runs/quickstart evaluation=(--captions 160 --edits 80)
 # Scores come at the end. An interrupted stage saves, so that checkpoints on the way would only cost time: 5 to 9 s each.
 training=(--config.eval.every=0 --config.checkpoint.every=1000)
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
   output=runs/quickstart-$QUICKSTART_STEPS
   training+=("--config.steps=$QUICKSTART_STEPS")
-  evaluation=(--edits 40 --steps 2)
+  evaluation=(--captions 40 --edits 40 --steps 2)
 fi
 
 clock() { printf '\n[%d:%02d] %s\n' $((SECONDS / 60)) $((SECONDS % 60)) "$*"; }
@@ -34,8 +34,8 @@ train() { # STAGE [OPTION ...]
 
 # Small updates, because a young SCB learns more by many than by large ones. Stage 2 goes gently, or in so few updates it undoes
 # what stage 1 has learned.
-train align --config.data.batch_size=2 --config.steps=540 # two samples of a task at a time: eight an update
-train sft --config.data.batch_size=4 --config.steps=90 --config.optim.lr=3e-4 "--config.init=$output/align"
+train align --config.data.batch_size=2 --config.steps=500 # two samples of a task at a time: eight an update
+train sft --config.data.batch_size=4 --config.steps=100 --config.optim.lr=3e-4 "--config.init=$output/align"
 # Without rendered words, whose reward needs the package's extra `ocr`; the evaluation judges the same reward.
 emoji="(('emoji',{'emoji_similarity':1.0}),)"
 train grpo "--config.init=$output/sft" --config.steps=6 --config.grpo.sft_weight=0 \
