@@ -72,7 +72,8 @@ class Checkpointer:
     # What a killed run left half written goes: nobody else writes here (`lock`).
     options = ocp.CheckpointManagerOptions(preservation_policy=AnyPreservationPolicy(kept), cleanup_tmp_directories=True)
     self._folder, self._every = _folder(workdir), every
-    self._manager = ocp.CheckpointManager(self._folder, options=options)
+    handlers = {"state": _writer(), "data": ocp.JsonCheckpointHandler()}
+    self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
 
   def is_due(self, step: int, force: bool = False) -> bool:
     """Whether update `step` is one to save after: every so many, or with force any that isn't saved."""
@@ -90,7 +91,7 @@ class Checkpointer:
         "the data of the last updates"
       )
     data = data_state | {"sums": {name: int(value) for name, (value, _) in digest.items()}}
-    args = ocp.args.Composite(state=ocp.args.StandardSave(leaves), data=ocp.args.JsonSave(data))
+    args = ocp.args.Composite(state=ocp.args.PyTreeSave(leaves), data=ocp.args.JsonSave(data))
     self._reporting(lambda: self._manager.save(step, args=args, force=True))
 
   def check(self) -> None:
@@ -133,6 +134,16 @@ class Checkpointer:
         f"{self._folder}: the last checkpoint couldn't be written, the disk is full. The ones before are whole: make room, and "
         "the same command goes on from there"
       ) from error
+
+
+def _writer() -> ocp.PyTreeCheckpointHandler:
+  """Orbax divides the writing of a leaf among the devices that have it, by programs of which it compiles one for each shape.
+  Devices of a CPU have one memory: there the first one writes.
+  """
+  if jax.default_backend() != "cpu":
+    return ocp.PyTreeCheckpointHandler()
+  arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+  return ocp.PyTreeCheckpointHandler(type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays)))
 
 
 def _is_full(error: BaseException | None) -> bool:

@@ -54,8 +54,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="session")
 def emoji_dir(tmp_path_factory):
-  """Where the emoji set is built, once for all tests."""
-  return tmp_path_factory.mktemp("emoji")
+  """Where the emoji set is built, once for all tests, whichever process runs them."""
+  here = tmp_path_factory.getbasetemp()
+  return (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "emoji"
 
 
 @pytest.fixture(scope="session")

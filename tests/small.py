@@ -1,5 +1,7 @@
 """A whole model of random weights, small enough to compile in seconds, for tests of the pipeline and of commands."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -9,11 +11,12 @@ from deepgen_jax.models.deepgen import PARTS, DeepGen
 from deepgen_jax.models.lora import path_name
 from deepgen_jax.weights import model_dir
 
+# A layer of each part, two where SCB reads one of them.
 CONFIG = DeepGenConfig(
   text=TextConfig(
     vocab_size=272,
     hidden_size=32,
-    num_layers=3,
+    num_layers=2,
     num_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -21,21 +24,29 @@ CONFIG = DeepGenConfig(
     mrope_section=(1, 1, 2),
   ),
   vision=VisionConfig(
-    num_layers=2, hidden_size=32, num_heads=2, intermediate_size=40, out_size=32, window_size=56, full_attention_layers=(1,)
+    num_layers=1, hidden_size=32, num_heads=2, intermediate_size=40, out_size=32, window_size=56, full_attention_layers=(0,)
   ),
-  scb=SCBConfig(num_think_tokens=3, hidden_size=32, intermediate_size=46, num_layers=2, num_heads=4, read_layers=(2, 1)),
+  scb=SCBConfig(num_think_tokens=3, hidden_size=32, intermediate_size=46, num_layers=1, num_heads=4, read_layers=(1,)),
   dit=DiTConfig(
-    num_layers=3,
+    num_layers=1,
     num_heads=2,
     head_dim=8,
     context_size=24,
     pooled_size=12,
-    dual_attention_layers=(0,),
+    dual_attention_layers=(),
     pos_embed_max_size=12,
     sample_size=8,
   ),
   vae=VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4),
   image_size=64,
+)
+# Layers of every kind.
+VARIED = dataclasses.replace(
+  CONFIG,
+  text=dataclasses.replace(CONFIG.text, num_layers=3),
+  vision=dataclasses.replace(CONFIG.vision, num_layers=2, full_attention_layers=(1,)),
+  scb=dataclasses.replace(CONFIG.scb, num_layers=2, read_layers=(2, 1)),
+  dit=dataclasses.replace(CONFIG.dit, num_layers=3, dual_attention_layers=(0,)),
 )
 
 

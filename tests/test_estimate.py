@@ -34,6 +34,18 @@ SMALL = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def little_effort():
+  """What the compiler would make faster or smaller isn't tested here."""
+  efforts = ("jax_exec_time_optimization_effort", "jax_memory_fitting_effort")
+  before = {name: jax.config.values[name] for name in efforts}
+  for name in efforts:
+    jax.config.update(name, -1.0)
+  yield
+  for name, effort in before.items():
+    jax.config.update(name, effort)
+
+
 def run(monkeypatch, capsys, *options):
   """-> (the JSON of the last line, everything printed)."""
   monkeypatch.setitem(SIZES, "tiny", CONFIG)

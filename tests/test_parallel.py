@@ -38,8 +38,8 @@ REINFORCE = {"objective": "flow_grpo", "sampler": "cps", "shared_noise": True, "
 GATHERED = {"data x fsdp x tensor": {"vlm/text/segments_1/down/kernel"}}
 # Small, with every kind of layer: one and two stacked ones that SCB reads in the VLM, two in SCB, two kinds in the DiT.
 CONFIG = dataclasses.replace(
-  small.CONFIG,
-  text=dataclasses.replace(small.CONFIG.text, num_layers=4),
+  small.VARIED,
+  text=dataclasses.replace(small.VARIED.text, num_layers=4),
   scb=SCBConfig(num_think_tokens=3, hidden_size=32, intermediate_size=46, num_layers=2, num_heads=4, read_layers=(3, 1)),
   dit=DiTConfig(
     num_layers=2,

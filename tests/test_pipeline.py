@@ -14,7 +14,8 @@ from deepgen_jax.data.tokens import build_tiny_tokenizer
 from deepgen_jax.errors import UserError
 from deepgen_jax.flow.schedule import inference_sigmas
 from tests import small
-from tests.small import CONFIG, random_image
+from tests.small import VARIED as CONFIG
+from tests.small import random_image
 
 BATCH, SAMPLE = 1e-5, 1e-4  # design: across batch and padding, relative; for a whole sample
 A, B = "a red apple", "a bicycle"
@@ -27,7 +28,7 @@ LATENT = (4, 8, 16)
 
 @pytest.fixture(scope="module")
 def params():
-  return small.draw_params()
+  return small.draw_params(CONFIG)
 
 
 @pytest.fixture(scope="module")

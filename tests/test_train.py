@@ -36,10 +36,8 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def align(base, tmp_path_factory):
+def align(base, emoji_dir):
   """align(workdir, steps, *overrides) runs stage 1 with few and small programs."""
-  data = tmp_path_factory.mktemp("data")
-
   def run(workdir, steps, *overrides, config="align"):
     small = {
       "data.text_buckets": "(128,)",
@@ -50,7 +48,7 @@ def align(base, tmp_path_factory):
       "log.every": 1,
       "checkpoint.every": 2,
     }
-    small |= {"data.dir": data, "init": base, "steps": steps}
+    small |= {"data.dir": emoji_dir, "init": base, "steps": steps}
     options = [f"--config.{key}={value}" for key, value in small.items()]
     # A relative path, as people type it.
     argv = ["--config", f"configs/{config}.py:tiny", "--workdir", os.path.relpath(workdir), *options, *overrides]
@@ -197,7 +195,8 @@ def test_bad_data_stops_a_run_and_is_listed(align, tmp_path, capsys):
 
 
 def test_sft_trains_the_dit_and_lora_and_can_be_loaded(whole, align, tmp_path):
-  out = align(tmp_path / "sft", 1, f"--config.init={whole}", config="sft")
+  one_task = "--config.data.pattern=('edit',)"
+  out = align(tmp_path / "sft", 1, f"--config.init={whole}", one_task, config="sft")
   _, before, _ = load_model(whole)
   _, after, _ = load_model(out, weights="raw")
   assert not np.array_equal(before["dit"]["out"]["kernel"], after["dit"]["out"]["kernel"])

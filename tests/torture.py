@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import multiprocessing
 import os
@@ -41,20 +40,6 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SE
 XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def _model():
-  """Sizes that are traced in half of the time that tests.small.CONFIG takes."""
-  from tests.small import CONFIG
-
-  replace = dataclasses.replace
-  return replace(
-    CONFIG,
-    text=replace(CONFIG.text, num_layers=2),
-    vision=replace(CONFIG.vision, num_layers=1, full_attention_layers=(0,)),
-    scb=replace(CONFIG.scb, num_layers=1, read_layers=(1,)),
-    dit=replace(CONFIG.dit, num_layers=2, dual_attention_layers=()),
-  )
-
-
 def _train(argv: list[str], devices: int, log: str) -> None:
   """The training command, in a process of its own that has imported it already and that doesn't outlive the one that asked."""
   threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -65,8 +50,9 @@ def _train(argv: list[str], devices: int, log: str) -> None:
   from deepgen_jax import train
   from deepgen_jax.errors import run_command
   from deepgen_jax.models.config import SIZES
+  from tests.small import CONFIG
 
-  SIZES["tiny"] = _model()
+  SIZES["tiny"] = CONFIG
   sys.argv = ["train", *argv]
   run_command(train.main)
 
@@ -178,7 +164,7 @@ class Torture:
 def _save_base(folder: str) -> None:
   from tests.small import draw_params, save_model
 
-  save_model(folder, draw_params(_model()), ("vlm", "dit", "vae"), _model())
+  save_model(folder, draw_params(), ("vlm", "dit", "vae"))
 
 
 def _halves(workdir: Path) -> set[tuple[int, int]]:

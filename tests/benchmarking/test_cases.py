@@ -16,10 +16,10 @@ from deepgen_jax.benchmarking.cases import CASES  # noqa: E402
 from tests import small  # noqa: E402
 
 CONFIG = dataclasses.replace(
-  small.CONFIG,
-  text=dataclasses.replace(small.CONFIG.text, num_layers=2),
-  scb=dataclasses.replace(small.CONFIG.scb, read_layers=(2,)),
-  dit=dataclasses.replace(small.CONFIG.dit, num_layers=2, pos_embed_max_size=32),
+  small.VARIED,
+  text=dataclasses.replace(small.VARIED.text, num_layers=2),
+  scb=dataclasses.replace(small.VARIED.scb, read_layers=(2,)),
+  dit=dataclasses.replace(small.VARIED.dit, num_layers=2, pos_embed_max_size=32),
 )
 SIZES = cases.Sizes(CONFIG, steps=2, pixels=32, prompt=20)
 SETTINGS = {"optim": cases.OPTIM, "guidance": cases.GUIDANCE}

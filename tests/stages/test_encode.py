@@ -7,12 +7,13 @@ import pytest
 from deepgen_jax import sharding
 from deepgen_jax.models.deepgen import DeepGen
 from deepgen_jax.stages.encode import ImageEncoder, images_per_device
-from tests.small import CONFIG, draw_params, random_image
+from tests.small import VARIED as CONFIG
+from tests.small import draw_params, random_image
 
 
 @pytest.fixture(scope="module")
 def setup():
-  return DeepGen(CONFIG), draw_params()
+  return DeepGen(CONFIG), draw_params(CONFIG)
 
 
 def test_with_a_cache_history_does_not_matter(setup):

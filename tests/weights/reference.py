@@ -20,9 +20,9 @@ from tests.models.test_scb import Oracle
 
 # The smallest depth of which the reference's rule reads six layers.
 CONFIG = dataclasses.replace(
-  small.CONFIG,
-  text=dataclasses.replace(small.CONFIG.text, num_layers=32),
-  scb=dataclasses.replace(small.CONFIG.scb, read_layers=(31, 25, 19, 13, 7, 1)),
+  small.VARIED,
+  text=dataclasses.replace(small.VARIED.text, num_layers=32),
+  scb=dataclasses.replace(small.VARIED.scb, read_layers=(31, 25, 19, 13, 7, 1)),
   image_size=512,  # the format doesn't say; the release's
 )
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
