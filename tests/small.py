@@ -1,6 +1,7 @@
 """A whole model of random weights, small enough to compile in seconds, for tests of the pipeline and of commands."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -50,6 +51,12 @@ VARIED = dataclasses.replace(
 )
 
 
+@functools.cache
+def shapes(config):
+  """Of a whole model, abstract."""
+  return jax.eval_shape(DeepGen(config).init, jax.random.key(0))
+
+
 def draw_params(config=CONFIG):
   """Random weights of ordinary size, heads that would start at zero too; drawn from the shapes, so that nothing compiles."""
   rng = np.random.default_rng(0)
@@ -60,7 +67,7 @@ def draw_params(config=CONFIG):
       return np.float32(0.1 * noise + (name == "scale"))
     return np.float32(noise / np.sqrt(np.prod(leaf.shape[-4:-1] if leaf.ndim == 4 else leaf.shape[-2])))
 
-  return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(DeepGen(config).init, jax.random.key(0)))
+  return jax.tree_util.tree_map_with_path(draw, shapes(config))
 
 
 def save_model(folder, params, parts=PARTS, config=CONFIG):

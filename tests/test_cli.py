@@ -40,13 +40,14 @@ def test_freed_memory_is_kept_for_the_next_run():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="lists threads by /proc")
-@pytest.mark.parametrize("command", ["train", "generate", "evaluation", "benchmark", "data.precompute"])
-def test_importing_a_command_starts_no_thread_beside_those_of_jax(command):
+def test_importing_a_command_starts_no_thread_beside_those_of_jax():
   """Their arenas would be there before `start_command` allows one alone, and hand large blocks back."""
-  count = "len(os.listdir('/proc/self/task'))"
-  program = f"import os, jax; before = {count}; import deepgen_jax.{command}; print(before, {count})"
-  out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
-  assert out[0] == out[1]
+  lines = ["import os, jax", "count = lambda name: print(name, len(os.listdir('/proc/self/task')))", "count('jax')"]
+  for command in ("train", "generate", "evaluation", "benchmark", "data.precompute"):
+    lines.append(f"import deepgen_jax.{command}; count({command!r})")
+  out = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
+  threads = dict(line.split() for line in out.splitlines())
+  assert len(threads) == 6 and len(set(threads.values())) == 1, threads
 
 
 def test_only_a_machine_without_accelerators_keeps_freed_memory(monkeypatch):

@@ -136,8 +136,9 @@ def alone(batch):
   return functools.cache(lambda stage: run(stage, one_device(), batch))
 
 
-@pytest.mark.parametrize("kind", MESHES)
-@pytest.mark.parametrize("stage", ["align", "sft"])
+@pytest.mark.parametrize(
+  "stage, kind", [*(("sft", kind) for kind in MESHES), ("align", "data"), ("align", "data x fsdp x tensor")]
+)
 def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
   mesh = sharding.make_mesh(MESHES[kind])
   grads, losses, program = run(stage, mesh, batch)
@@ -175,7 +176,7 @@ def stacked_shapes(mesh) -> list[tuple]:
     if leaf.ndim == 3 and leaf.shape[0] == 2 and any(sharding.partition_spec(path, leaf.shape, mesh)):
       found.append((path, leaf.shape))
 
-  sharding.map_paths(visit, {k: v for k, v in jax.eval_shape(MODEL.init, jax.random.key(0)).items() if k != "vae"})
+  sharding.map_paths(visit, {k: v for k, v in small.shapes(CONFIG).items() if k != "vae"})
   return [(path, shape) for path, shape in found if "vision" not in path]
 
 
@@ -240,7 +241,7 @@ def alone_reinforced():
   return reinforce(one_device())
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "tensor", "data x fsdp x tensor"])  # data alone: tests/stages/test_grpo.py
+@pytest.mark.parametrize("kind", ["fsdp", "data x fsdp x tensor"])  # data alone: tests/stages/test_grpo.py
 def test_a_rollout_and_its_update_are_those_of_one_device(kind, alone_reinforced):
   ours, theirs = reinforce(sharding.make_mesh(MESHES[kind])), alone_reinforced
   assert np.abs(ours[0].pop("images").astype(int) - theirs[0]["images"]).max() <= 1  # of 255

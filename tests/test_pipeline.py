@@ -281,7 +281,7 @@ def test_save_and_load_is_bit_equal(pipe, tmp_path):
 
 
 def test_a_model_without_an_scb_is_refused(params, tmp_path):
-  small.save_model(tmp_path, params, ("vlm", "dit", "vae"))
+  small.save_model(tmp_path, params, ("vlm", "dit", "vae"), CONFIG)
   with pytest.raises(UserError, match=r"lacks scb.*configs/align\.py"):
     deepgen_jax.DeepGenPipeline.from_pretrained(tmp_path)
 

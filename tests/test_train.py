@@ -38,6 +38,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def align(base, emoji_dir):
   """align(workdir, steps, *overrides) runs stage 1 with few and small programs."""
+
   def run(workdir, steps, *overrides, config="align"):
     small = {
       "data.text_buckets": "(128,)",

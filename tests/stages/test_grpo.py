@@ -313,10 +313,10 @@ def test_a_run_with_lora_can_be_loaded(rich, base, tmp_path):
   saved.save(4, state, {"micro_batches": 4})
   saved.close()
   _, loaded, _ = load_model(workdir, weights="raw")
-  kernel, trained = (tree["dit"]["blocks_1"]["attn"]["q"]["kernel"] for tree in (loaded, state.params))
+  kernel, trained = (tree["dit"]["blocks_0"]["attn"]["q"]["kernel"] for tree in (loaded, state.params))
   np.testing.assert_array_equal(kernel.a, trained.a)
   np.testing.assert_array_equal(kernel.b, trained.b)
-  np.testing.assert_array_equal(kernel.kernel, load_model(base)[1]["dit"]["blocks_1"]["attn"]["q"]["kernel"])
+  np.testing.assert_array_equal(kernel.kernel, load_model(base)[1]["dit"]["blocks_0"]["attn"]["q"]["kernel"])
   assert kernel.scale == rich.config.lora.alpha / 2 and np.abs(kernel.b).max() > 0
 
 
