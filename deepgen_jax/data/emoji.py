@@ -210,13 +210,21 @@ def prepare(data_dir: str | os.PathLike) -> EmojiSet:
 def _open(root: epath.Path) -> EmojiSet | None:
   """The set if it is there and whole, else None."""
   builder = _builder_class()(data_dir=str(root), file_format="array_record")
-  if not (epath.Path(builder.data_dir) / "dataset_info.json").exists() or set(builder.info.splits) != set(SPLITS):
+  folder = epath.Path(builder.data_dir)
+  if not (folder / "dataset_info.json").exists() or set(builder.info.splits) != set(SPLITS):
     return None
+  files = sorted((file.name, file.stat().length, file.stat().mtime) for file in folder.iterdir())
   try:
-    found = EmojiSet(builder)
+    found = _read(str(root), tuple(files))
   except Exception:  # array_record and TFDS have no common error for a damaged file
     return None
   return found if len(found) == sum(split.num_examples for split in builder.info.splits.values()) else None
+
+
+@functools.lru_cache(maxsize=1)
+def _read(root: str, files: tuple) -> EmojiSet:
+  """The set, which a process reads once as long as its files (names, lengths, times) are the same."""
+  return EmojiSet(_builder_class()(data_dir=root, file_format="array_record"))
 
 
 def _quietly(call) -> None:
