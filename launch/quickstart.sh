@@ -14,7 +14,7 @@ export XLA_FLAGS="${XLA_FLAGS:---xla_force_host_platform_device_count=2}"
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 
 output=runs/quickstart evaluation=(--captions 160 --edits 80)
-# Scores come at the end. An interrupted stage saves, so that checkpoints on the way would only cost time: 5 to 9 s each.
+# Scores come at the end, and checkpoints: an interrupted stage saves too.
 training=(--config.eval.every=0 --config.checkpoint.every=1000)
 if [[ -n ${QUICKSTART_STEPS:-} ]]; then
   output=runs/quickstart-$QUICKSTART_STEPS

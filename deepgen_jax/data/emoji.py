@@ -213,8 +213,8 @@ def _open(root: epath.Path) -> EmojiSet | None:
   folder = epath.Path(builder.data_dir)
   if not (folder / "dataset_info.json").exists() or set(builder.info.splits) != set(SPLITS):
     return None
-  files = sorted((file.name, file.stat().length, file.stat().mtime) for file in folder.iterdir())
   try:
+    files = sorted((file.name, file.stat().length, file.stat().mtime) for file in folder.iterdir())
     found = _read(str(root), tuple(files))
   except Exception:  # array_record and TFDS have no common error for a damaged file
     return None

@@ -97,7 +97,7 @@ def test_a_half_built_set_is_built_again(emoji, emoji_dir, tmp_path):
 
   for damage in ("truncate", "remove", "forget"):
     root = tmp_path / damage
-    shutil.copytree(emoji_dir, root)
+    shutil.copytree(emoji_dir, root, ignore=shutil.ignore_patterns("*.safetensors"))  # a fit that another test may be writing
     shard = next(root.glob("*/*/*held_out*"))
     if damage == "truncate":
       shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
