@@ -239,7 +239,7 @@ def alone_reinforced():
   return reinforce(one_device())
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "data x fsdp x tensor"])  # data alone: tests/stages/test_grpo.py
+@pytest.mark.parametrize("kind", ["fsdp", "data x fsdp x tensor"])  # data: tests/stages/test_grpo.py
 def test_a_rollout_and_its_update_are_those_of_one_device(kind, alone_reinforced):
   ours, theirs = reinforce(sharding.make_mesh(MESHES[kind])), alone_reinforced
   assert np.abs(ours[0].pop("images").astype(int) - theirs[0]["images"]).max() <= 1  # of 255
