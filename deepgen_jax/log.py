@@ -15,11 +15,23 @@ import jax
 import numpy as np
 from etils import epath
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from deepgen_jax import atomic
 from deepgen_jax.errors import UserError
+
+
+def _summary_writer() -> type:
+  """tensorboardX's. It would import PyTorch where that is installed, seconds and hundreds of megabytes, to take its tensors."""
+  hide = "torch" not in sys.modules
+  if hide:
+    sys.modules["torch"] = None
+  try:
+    from tensorboardX import SummaryWriter
+  finally:
+    if hide:
+      del sys.modules["torch"]
+  return SummaryWriter
 
 
 class Log:
@@ -85,8 +97,8 @@ class Log:
     self._writer.close()
     self._jsonl.close()
 
-  def _event_file(self, step: int) -> SummaryWriter:
-    return SummaryWriter(str(self._tensorboard), filename_suffix=f".from{step}", flush_secs=30)
+  def _event_file(self, step: int):
+    return _summary_writer()(str(self._tensorboard), filename_suffix=f".from{step}", flush_secs=30)
 
   def _cut(self, start: int) -> None:
     """Removes every row past update `start`."""

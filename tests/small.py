@@ -1,14 +1,13 @@
 """A whole model of random weights, small enough to compile in seconds, for tests of the pipeline and of commands."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
 
 from deepgen_jax.data.tokens import build_tiny_tokenizer
 from deepgen_jax.models.config import DeepGenConfig, DiTConfig, SCBConfig, TextConfig, VAEConfig, VisionConfig
-from deepgen_jax.models.deepgen import PARTS, DeepGen
+from deepgen_jax.models.deepgen import PARTS, param_shapes
 from deepgen_jax.models.lora import path_name
 from deepgen_jax.weights import model_dir
 
@@ -51,12 +50,6 @@ VARIED = dataclasses.replace(
 )
 
 
-@functools.cache
-def shapes(config):
-  """Of a whole model, abstract."""
-  return jax.eval_shape(DeepGen(config).init, jax.random.key(0))
-
-
 def draw_params(config=CONFIG):
   """Random weights of ordinary size, heads that would start at zero too; drawn from the shapes, so that nothing compiles."""
   rng = np.random.default_rng(0)
@@ -67,7 +60,7 @@ def draw_params(config=CONFIG):
       return np.float32(0.1 * noise + (name == "scale"))
     return np.float32(noise / np.sqrt(np.prod(leaf.shape[-4:-1] if leaf.ndim == 4 else leaf.shape[-2])))
 
-  return jax.tree_util.tree_map_with_path(draw, shapes(config))
+  return jax.tree_util.tree_map_with_path(draw, param_shapes(config))
 
 
 def save_model(folder, params, parts=PARTS, config=CONFIG):

@@ -17,10 +17,10 @@ from deepgen_jax.estimating.flops import count_flops
 from deepgen_jax.estimating.inputs import sampler_inputs, train_batch
 from deepgen_jax.estimating.program import OutOfMemory, compile_program
 from deepgen_jax.models.config import SIZES
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, param_shapes
 from deepgen_jax.stages import supervised
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch
-from tests.small import CONFIG, draw_params, shapes
+from tests.small import CONFIG, draw_params
 
 COMMAND = ["--config", "configs/sft.py:tiny", "--topology", "v5p:2x2x1", "--json"]
 SMALL = [
@@ -137,7 +137,7 @@ def test_what_an_update_of_stage_3_runs(monkeypatch):
   configure = lambda *more: load_config("configs/grpo.py:tiny", [o.removeprefix("--config.") for o in (*REINFORCE[2:], *more)])
   two, four = (plans.sample_flops(configure(f"grpo.steps={s}", "grpo.window=1", "grpo.train_steps=1"), 50) for s in (2, 4))
   forward = (four["rollout"] - two["rollout"]) / 2  # one step of the sampler
-  params = shapes(CONFIG)
+  params = param_shapes(CONFIG)
   decode = count_flops(DeepGen(CONFIG).decode, params, jax.ShapeDtypeStruct((1, 8, 8, 16), jnp.float32))
   assert forward > 0 and decode < four["rollout"] - 4 * forward < 1.1 * decode  # some of it is done once for all steps
   assert 3 * forward < four["policy"] == two["policy"] < 5 * forward  # forward, backward, and forward as the KL's reference

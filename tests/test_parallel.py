@@ -1,5 +1,5 @@
-"""Every kind of parallelism on eight devices gives what one device gives: a step of stages 1 and 2, the sampler, and a rollout
-with its advantages and the step that learns from it.
+"""Every kind of parallelism on eight devices gives what one device gives: a step of stage 2, the sampler, and a rollout with
+its advantages and the step that learns from it. Stage 1: tests/test_distributed.py.
 """
 
 import dataclasses
@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from configs import align, grpo, sft
+from configs import grpo, sft
 from deepgen_jax import sharding
 from deepgen_jax.data.loader import DataSpec, host_batch
 from deepgen_jax.data.sources import Sample
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import TINY, DiTConfig, SCBConfig, VAEConfig
-from deepgen_jax.models.deepgen import Conditioning, DeepGen, pad_tokens
+from deepgen_jax.models.deepgen import Conditioning, DeepGen, pad_tokens, param_shapes
 from deepgen_jax.pipeline import DeepGenPipeline, sample_images
 from deepgen_jax.rl.advantages import advantages
 from deepgen_jax.stages import grpo as reinforcement
@@ -30,7 +30,6 @@ MESHES = {
   "data": {"data": 8},
   "fsdp": {"data": 1, "fsdp": 8},
   "tensor": {"data": 1, "tensor": 8},
-  "data x fsdp": {"data": 2, "fsdp": 4},
   "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
 }
 REINFORCE = {"objective": "flow_grpo", "sampler": "cps", "shared_noise": True, "ratio_clip": (1e-3, 1e-3), "kl_weight": 0.0}
@@ -76,9 +75,9 @@ def make_batch(tokenizer) -> dict:
   return batch | {"references": references, "vision": draw(8, 4, 32)}
 
 
-def make_step(stage: str, mesh, layout: str = "fsdp"):
-  """-> (compiled step, state, frozen, rng): an update is two micro-batches."""
-  config = {"align": align, "sft": sft, "grpo": grpo}[stage].get_config("tiny")
+def make_step(stage: str, mesh, layout: str = "fsdp", completes: bool = True):
+  """-> (compiled step, state, frozen, rng): an update is two micro-batches; completes: whether the step may be its second."""
+  config = {"sft": sft, "grpo": grpo}[stage].get_config("tiny")
   if stage == "grpo":
     config.grpo.update(REINFORCE)
   params = small.draw_params(CONFIG)
@@ -99,21 +98,24 @@ def make_step(stage: str, mesh, layout: str = "fsdp"):
   def loss(params, batch, keys):
     if stage == "grpo":
       return reinforcement.batch_loss(MODEL, config, params, batch, keys)
-    return sample_loss(dataclasses.replace(MODEL, frozen=layout), params, batch, keys, joint=stage == "sft"), {}
+    return sample_loss(dataclasses.replace(MODEL, frozen=layout), params, batch, keys, joint=True), {}
 
   step = make_train_step(loss, optimizer, schedule, accumulate=2, clip=1.0, ema_decay=0.9)
+  step = functools.partial(step, completes=completes)
   out, options = (shardings, sharding.replicated(mesh)), EXACT if stage == "grpo" else FAST
   step = jax.jit(sharding.on_mesh(mesh, step), out_shardings=out, compiler_options=options)
   rng = jax.jit(lambda: jax.random.key(0), out_shardings=sharding.replicated(mesh))()
   return step, state, frozen, rng
 
 
-def run(stage: str, mesh, batch, layout: str = "fsdp"):
-  """-> gradient sums of one micro-batch, the losses of three (the third is that of updated weights), and the program's text."""
-  step, state, frozen, rng = make_step(stage, mesh, layout)
+def run(mesh, batch, layout: str = "fsdp", completes: bool = True):
+  """Stage 2 -> gradient sums of one micro-batch, the losses of three (the third is that of updated weights) or, where none
+  completes an update, of one, and the program's text.
+  """
+  step, state, frozen, rng = make_step("sft", mesh, layout, completes)
   batch, losses = sharding.put_batch(batch, mesh), []
   step = step.lower(state, frozen, batch, rng).compile()
-  for number in range(3):
+  for number in range(3 if completes else 1):
     state, metrics = step(state, frozen, batch, rng)
     losses.append(float(metrics["micro_loss"]))
     if number == 0:
@@ -132,17 +134,18 @@ def batch(tokenizer):
 
 @pytest.fixture(scope="module")
 def alone(batch):
-  """alone(stage): what one device computes."""
-  return functools.cache(lambda stage: run(stage, one_device(), batch))
+  """What one device computes."""
+  return run(one_device(), batch)
 
 
-@pytest.mark.parametrize("stage, kind", [*(("sft", kind) for kind in MESHES), ("align", "data x fsdp x tensor")])
-def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
+@pytest.mark.parametrize("kind", ["data", "fsdp", "tensor", "data x fsdp x tensor"])
+def test_a_train_step_is_that_of_one_device(kind, alone, batch):
   mesh = sharding.make_mesh(MESHES[kind])
-  grads, losses, program = run(stage, mesh, batch)
-  np.testing.assert_allclose(losses, alone(stage)[1], rtol=1e-5)
-  assert losses[0] == losses[1] != losses[2]
-  same_gradients(grads, alone(stage)[0])
+  grads, losses, program = run(mesh, batch, completes=kind == "data x fsdp x tensor")  # the others: gradients alone
+  np.testing.assert_allclose(losses, alone[1][: len(losses)], rtol=1e-5)
+  if len(losses) == 3:
+    assert losses[0] == losses[1] != losses[2]
+  same_gradients(grads, alone[0])
   assert bool(stacked_shapes(mesh)) == (kind != "data")
   joined = lambda path, shape: (3, *shape[1:]) if "segments_1" in path else shape  # one loop runs both segments of the VLM
   named = lambda shape: f"f32[{','.join(map(str, shape))}]" in program
@@ -151,9 +154,9 @@ def test_a_train_step_is_that_of_one_device(stage, kind, alone, batch):
 
 
 def test_a_train_step_over_whole_frozen_parameters_is_that_of_one_device(alone, batch):
-  grads, losses, _ = run("sft", sharding.make_mesh(MESHES["data x fsdp x tensor"]), batch, "whole")
-  np.testing.assert_allclose(losses, alone("sft")[1], rtol=1e-5)
-  same_gradients(grads, alone("sft")[0])
+  grads, losses, _ = run(sharding.make_mesh(MESHES["data x fsdp x tensor"]), batch, "whole", completes=False)
+  np.testing.assert_allclose(losses, alone[1][:1], rtol=1e-5)
+  same_gradients(grads, alone[0])
 
 
 def same_gradients(ours, theirs):
@@ -174,7 +177,7 @@ def stacked_shapes(mesh) -> list[tuple]:
     if leaf.ndim == 3 and leaf.shape[0] == 2 and any(sharding.partition_spec(path, leaf.shape, mesh)):
       found.append((path, leaf.shape))
 
-  sharding.map_paths(visit, {k: v for k, v in small.shapes(CONFIG).items() if k != "vae"})
+  sharding.map_paths(visit, {k: v for k, v in param_shapes(CONFIG).items() if k != "vae"})
   return [(path, shape) for path, shape in found if "vision" not in path]
 
 
@@ -191,7 +194,7 @@ def alone_drawn(tokenizer):
   return draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=one_device()))
 
 
-@pytest.mark.parametrize("kind", MESHES)
+@pytest.mark.parametrize("kind", ["fsdp", "tensor", "data x fsdp x tensor"])
 def test_a_sample_is_that_of_one_device(kind, alone_drawn, tokenizer):
   mesh = sharding.make_mesh(MESHES[kind])
   drawn = draw(DeepGenPipeline(CONFIG, small.draw_params(CONFIG), tokenizer, mesh=mesh))
@@ -234,14 +237,9 @@ def reinforce(mesh) -> tuple[dict, dict, list]:
   return found | {"advantage": advantage}, grads, losses
 
 
-@pytest.fixture(scope="module")
-def alone_reinforced():
-  return reinforce(one_device())
-
-
-@pytest.mark.parametrize("kind", ["fsdp", "data x fsdp x tensor"])  # data: tests/stages/test_grpo.py
-def test_a_rollout_and_its_update_are_those_of_one_device(kind, alone_reinforced):
-  ours, theirs = reinforce(sharding.make_mesh(MESHES[kind])), alone_reinforced
+def test_a_rollout_and_its_update_are_those_of_one_device():
+  """On other meshes: tests/stages/test_grpo.py, data; tests/test_distributed.py, data x fsdp."""
+  ours, theirs = reinforce(sharding.make_mesh(MESHES["data x fsdp x tensor"])), reinforce(one_device())
   assert np.abs(ours[0].pop("images").astype(int) - theirs[0]["images"]).max() <= 1  # of 255
   for name, value in ours[0].items():
     assert np.abs(value - theirs[0][name]).max() <= 1e-5 * np.abs(theirs[0][name]).max(), name
@@ -253,7 +251,7 @@ def test_a_rollout_and_its_update_are_those_of_one_device(kind, alone_reinforced
 def test_the_vae_gathers_kernels_and_no_images():
   """Left to itself the compiler splits channels as the kernels are split, and every device has all images."""
   mesh, model = sharding.make_mesh({"data": 1, "fsdp": 8}), DeepGen(TINY)
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), ("vae",)))
+  shapes = param_shapes(TINY, ("vae",))
   place = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
   params = jax.tree.map(place, shapes, sharding.param_shardings(shapes, mesh))
   dealt = sharding.batch_sharding(mesh)

@@ -23,7 +23,7 @@ from deepgen_jax.data.tokens import build_tiny_tokenizer
 from deepgen_jax.flow.matching import euler_sample, guide, noised, velocity_loss
 from deepgen_jax.flow.schedule import inference_sigmas
 from deepgen_jax.models.config import TINY, DeepGenConfig, DiTConfig, SCBConfig, TextConfig, VAEConfig
-from deepgen_jax.models.deepgen import Conditioning, DeepGen, pad_tokens
+from deepgen_jax.models.deepgen import Conditioning, DeepGen, pad_tokens, param_shapes
 from deepgen_jax.models.dit import patchify, unpatchify
 from deepgen_jax.stages import step
 from deepgen_jax.weights import diffusers
@@ -110,7 +110,6 @@ class Job:
 def draw_params(model: DeepGen, part: str) -> dict:
   """Random float32 weights of a part, {part: tree}; the same for the same shapes."""
   rng = np.random.default_rng(0)
-  abstract = jax.eval_shape(lambda: model.init(jax.random.key(0), (part,)))
 
   def draw(path, leaf):
     noise = rng.standard_normal(leaf.shape, np.float32)
@@ -118,7 +117,7 @@ def draw_params(model: DeepGen, part: str) -> dict:
       return 0.1 * noise + np.float32(name == "scale")
     return noise / np.float32(np.sqrt(np.prod(leaf.shape[-4:-1] if leaf.ndim == 4 else leaf.shape[-2])))
 
-  return jax.tree_util.tree_map_with_path(draw, abstract)
+  return jax.tree_util.tree_map_with_path(draw, param_shapes(model.config, (part,)))
 
 
 def export(folder, config: DeepGenConfig, params: Mapping) -> None:

@@ -79,24 +79,25 @@ def build_tiny_tokenizer():
 
 def load_tokenizer(path: str | os.PathLike):
   """Reads the tokenizer of a model, as `read_tokenizer`. Raises UserError too if it lacks a token that the prompts need."""
-  tokenizer = read_tokenizer(path)
+  tokenizer = read_tokenizer(path, "Qwen2Tokenizer")  # the automatic choice would import PyTorch where it is installed
   special_ids(tokenizer)
   return tokenizer
 
 
-def read_tokenizer(path: str | os.PathLike):
+def read_tokenizer(path: str | os.PathLike, kind: str = "AutoTokenizer"):
   """Reads the tokenizer that `save_pretrained` wrote to the folder `path` (local or gs://); never goes to the network.
+  kind: its class in transformers.
 
   Raises UserError if the folder isn't there or can't be read.
   """
   _without_advice()
-  from transformers import AutoTokenizer
+  import transformers
 
   folder = epath.Path(path)
   if not folder.is_dir() or not any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
     raise UserError(f"no tokenizer in {path}: expected a folder with tokenizer.json. Give the tokenizer/ folder of a model.")
   try:
-    return AutoTokenizer.from_pretrained(str(_local(folder)), local_files_only=True)
+    return getattr(transformers, kind).from_pretrained(str(_local(folder)), local_files_only=True)
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"cannot read the tokenizer in {path}: {error}") from error
 

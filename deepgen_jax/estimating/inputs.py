@@ -11,7 +11,7 @@ import numpy as np
 
 from deepgen_jax import sharding
 from deepgen_jax.data import prompts
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, param_shapes
 from deepgen_jax.stages import grpo, rollouts, supervised
 from deepgen_jax.stages.encode import encode_batch
 from deepgen_jax.stages.stage import Stage
@@ -39,7 +39,7 @@ def bytes_per_device(tree) -> int:
 def train_programs(config, model: DeepGen, mesh):
   """What `train` makes of a config -> (jitted step, state, frozen parameters, rng): shapes where it has arrays."""
   complete, learning = stage_parts(config)
-  params = jax.eval_shape(lambda key: complete(config, model, model.init(key)), jax.random.key(0))
+  params = jax.eval_shape(lambda params: complete(config, model, params), param_shapes(model.config))
   trainable, frozen = sharding.partition(params, config.trainable)
   frozen = jax.eval_shape(lambda tree: in_compute_dtype(tree, model.dtype), frozen)
   stage = Stage(init=None, batches=None, prepare=None, evaluate=None, **learning(config, model))
@@ -106,7 +106,7 @@ def sampler_inputs(model: DeepGen, mesh, batch: int, prompt_tokens: int, steps: 
   """Arguments of `pipeline.jit_sampler` for `batch` images of the model's size with guidance: (positional, keywords)."""
   c = model.config
   side = c.image_size // c.vae.factor
-  params = jax.eval_shape(lambda key: in_compute_dtype(model.init(key), model.dtype), jax.random.key(0))
+  params = jax.eval_shape(lambda params: in_compute_dtype(params, model.dtype), param_shapes(model.config))
   inputs = _sampled(model, 2 * batch, prompt_tokens, (c.image_size,) * 2, padded)  # negative and positive branch
   tokens = inputs["target"]["mask"].shape[1]
   noise = jax.ShapeDtypeStruct((batch, tokens, c.dit.patch_dim), jnp.float32)
@@ -132,7 +132,7 @@ def _sampled(model: DeepGen, rows: int, prompt_tokens: int, pixels: tuple[int, i
     "image_index": ((rows, length), jnp.int32),
   }
   shape = lambda pair: jax.ShapeDtypeStruct(*pair)
-  params = jax.eval_shape(lambda key: in_compute_dtype(model.init(key), model.dtype), jax.random.key(0))
+  params = jax.eval_shape(lambda params: in_compute_dtype(params, model.dtype), param_shapes(model.config))
   return {
     "cond": jax.eval_shape(model.condition, params, {name: shape(pair) for name, pair in inputs.items()}),
     "target": {"positions": shape(((rows, tokens, 2), jnp.int32)), "mask": shape(((rows, tokens), bool))},

@@ -28,7 +28,7 @@ from deepgen_jax.estimating.inputs import (
   train_programs,
 )
 from deepgen_jax.models.config import SIZES
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, param_shapes
 from deepgen_jax.stages import rollouts, supervised
 from deepgen_jax.stages.encode import ImageEncoder, images_per_device
 from deepgen_jax.stages.step import may_complete
@@ -164,7 +164,7 @@ def sample_flops(config, prompt_tokens: int) -> dict[str, float]:
   dtype = supervised.compute_dtype(config.dtype, "tpu")
   plain = DeepGen(supervised.at_image_size(config, SIZES[config.size]), dtype)  # no remat, attention as plain products
   complete, learning = stage_parts(config)
-  params = jax.eval_shape(lambda key: complete(config, plain, plain.init(key)), jax.random.key(0))
+  params = jax.eval_shape(lambda params: complete(config, plain, params), param_shapes(plain.config))
   trainable, frozen = sharding.partition(params, config.trainable)
   loss = learning(config, plain)["loss"]
   keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import flax.struct
@@ -78,7 +78,7 @@ class DeepGen:
     return VAE(self.config.vae)
 
   def init(self, key: Array, parts: Sequence[str] = PARTS) -> dict:
-    """Fresh float32 parameters of these parts; traceable, so `jax.eval_shape(model.init, key)` costs nothing at any size."""
+    """Fresh float32 parameters of these parts; traceable. For their shapes alone: `param_shapes`."""
     c, made = self.config, {}
     keys = dict(zip(PARTS, jax.random.split(key, len(PARTS))))
     ones = jnp.ones((1, 4), jnp.int32)
@@ -167,6 +167,18 @@ class DeepGen:
     """Noisy tokens float32 [B,N,patch_dim], timestep [B] in 0..1000 -> velocity float32 of that shape."""
     v = self.dit.apply({"params": params["dit"]}, tokens.astype(self.dtype), timestep, prepared, method="velocity")
     return v.astype(jnp.float32)
+
+
+@lru_cache(maxsize=64)
+def _shapes(config: DeepGenConfig, part: str) -> dict:
+  return jax.eval_shape(lambda: DeepGen(config).init(jax.random.key(0), (part,)))[part]
+
+
+def param_shapes(config: DeepGenConfig, parts: Sequence[str] = PARTS) -> dict:
+  """{part: tree of jax.ShapeDtypeStruct}, float32, of a model's fresh parameters. Nothing is computed, at any size; each part
+  is traced once a process, which takes half a second.
+  """
+  return {part: jax.tree.map(lambda leaf: leaf, _shapes(config, part)) for part in parts}
 
 
 def pad_tokens(latents: Sequence[np.ndarray], budget: int, config: DeepGenConfig) -> dict:

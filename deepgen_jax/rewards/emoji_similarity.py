@@ -38,6 +38,7 @@ RIDGE = 0.01  # relative to the mean variance of a feature
 DIRECTIONS = 8  # bins of the gradient's direction
 CELLS = {4: 2, 8: 3}  # pixels (of the halved image) of the cells that are counted over -> levels of red, green and blue
 _BATCH = 256
+_CACHED = 16  # images whose histograms stay in a processor's cache
 
 
 def emoji_similarity(data_dir: str = "runs/data") -> Reward:
@@ -115,6 +116,10 @@ def features(images: np.ndarray) -> np.ndarray:
   """uint8 [N,64,64,3] -> float32 [N,D]: of the halved image, square roots of the shares of gradient directions and of
   colours in each cell.
   """
+  return np.concatenate([_features(images[i : i + _CACHED]) for i in range(0, len(images), _CACHED)])
+
+
+def _features(images: np.ndarray) -> np.ndarray:
   x = _pool(images.astype(np.float32), 2) / 255
   down, across = np.gradient(x @ np.float32([0.299, 0.587, 0.114]), axis=(1, 2))
   direction = np.arctan2(down, across) / (2 * np.pi) % 1 * DIRECTIONS

@@ -20,7 +20,7 @@ from deepgen_jax.errors import UserError
 from deepgen_jax.heldout import HeldOut
 from deepgen_jax.models import lora
 from deepgen_jax.models.config import SIZES
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, param_shapes
 from deepgen_jax.models.layers import REMAT, best_attention
 from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch, images_per_device
@@ -98,7 +98,7 @@ def complete(config, model: DeepGen, params, mesh=None) -> dict:
   """
   if "scb" not in params:
     fresh = lambda: model.init(jax.random.key(config.seed), ("scb",))
-    shardings = None if mesh is None else sharding.param_shardings(jax.eval_shape(fresh), mesh)
+    shardings = None if mesh is None else sharding.param_shardings(param_shapes(model.config, ("scb",)), mesh)
     params = params | jax.jit(fresh, out_shardings=shardings)()
   if config.lora.targets:
     params = lora.merge_lora(params)

@@ -8,7 +8,6 @@ A directory may lack parts: a base for stage 1 has no SCB.
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Mapping
 
@@ -18,7 +17,7 @@ from etils import epath
 
 from deepgen_jax.errors import UserError
 from deepgen_jax.models.config import DeepGenConfig
-from deepgen_jax.models.deepgen import PARTS, DeepGen
+from deepgen_jax.models.deepgen import PARTS, param_shapes
 from deepgen_jax.models.lora import path_name
 from deepgen_jax.weights import tensors as files
 from deepgen_jax.weights.lora_format import Factors
@@ -115,10 +114,9 @@ def open_lora(path) -> dict[str, Factors]:
   return {name: Factors(found[f"{name}/a"], found[f"{name}/b"], float(settings["scale"])) for name in sorted(names)}
 
 
-@functools.lru_cache(maxsize=8)
 def leaf_shapes(config: DeepGenConfig) -> dict[str, dict[str, tuple[int, ...]]]:
   """{part: {path: shape}} of a model of these sizes; nothing is computed."""
-  trees = jax.eval_shape(DeepGen(config).init, jax.random.key(0))
+  trees = param_shapes(config)
   flat = lambda tree: {path_name(p): leaf.shape for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
   return {part: flat(trees[part]) for part in PARTS}
 

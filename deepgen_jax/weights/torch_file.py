@@ -53,22 +53,19 @@ def load(path) -> Any:
 
 
 class _Archive:
-  """The records of the zip archive."""
+  """The records of the zip archive. It stays open: its index is as long as the model has tensors."""
 
   def __init__(self, path: epath.Path):
     self.path = path
-    with self._open() as archive:
-      names = [name for name in archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
-      if len(names) != 1:
-        raise ValueError(f"it has {len(names)} descriptions (data.pkl)")
-      self._prefix = names[0].removesuffix("data.pkl")
-      self.pickle = archive.read(names[0])
-      self._sizes = {info.filename: info.file_size for info in archive.infolist()}
-      if f"{self._prefix}byteorder" in self._sizes and archive.read(f"{self._prefix}byteorder") != b"little":
-        raise ValueError("it was written on a big-endian machine")
-
-  def _open(self) -> zipfile.ZipFile:
-    return zipfile.ZipFile(self.path.open("rb") if "://" in str(self.path) else str(self.path))
+    self._archive = zipfile.ZipFile(path.open("rb") if "://" in str(path) else str(path))
+    names = [name for name in self._archive.namelist() if name.endswith("data.pkl") and name.count("/") <= 1]
+    if len(names) != 1:
+      raise ValueError(f"it has {len(names)} descriptions (data.pkl)")
+    self._prefix = names[0].removesuffix("data.pkl")
+    self.pickle = self._archive.read(names[0])
+    self._sizes = {info.filename: info.file_size for info in self._archive.infolist()}
+    if f"{self._prefix}byteorder" in self._sizes and self._archive.read(f"{self._prefix}byteorder") != b"little":
+      raise ValueError("it was written on a big-endian machine")
 
   def tensor(self, storage: _Storage, offset: int, shape: tuple, strides: tuple) -> Tensor:
     """A view of a storage; it must lie within it."""
@@ -83,8 +80,7 @@ class _Archive:
 
     def read() -> np.ndarray:
       try:
-        with self._open() as archive:
-          flat = np.frombuffer(archive.read(name), storage.dtype)
+        flat = np.frombuffer(self._archive.read(name), storage.dtype)
       except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f"{self.path} is damaged: record {name}: {error}") from error
       steps = tuple(s * storage.dtype.itemsize for s in strides)

@@ -13,7 +13,7 @@ from deepgen_jax.config import load_config, to_json
 from deepgen_jax.errors import UserError
 from deepgen_jax.estimating.inputs import policy_batch, rollout_arguments
 from deepgen_jax.models.config import SIZES
-from deepgen_jax.models.deepgen import DeepGen
+from deepgen_jax.models.deepgen import DeepGen, param_shapes
 from deepgen_jax.models.lora import path_name
 from deepgen_jax.rl.rollout import make_velocity, replay
 from deepgen_jax.stages import grpo, rollouts
@@ -156,7 +156,7 @@ def test_with_one_update_the_ratio_is_one_and_the_replay_is_the_rollout(first):
 def test_the_estimate_compiles_for_the_batches_that_training_makes(first, base):
   config, model = configure(base), DeepGen(CONFIG)
   arguments = rollout_arguments(config, model, first.run.mesh, 16, 60)
-  params = jax.eval_shape(model.init, jax.random.key(0))
+  params = param_shapes(model.config)
   made = jax.eval_shape(rollouts.sampler(config.grpo, model), params, *arguments)
   chunk = arguments[0] | {name: getattr(made, name) for name in rollouts.kept(config.grpo)}
   shapes = lambda batch: jax.tree.map(lambda x: (x.shape, x.dtype.name), batch)
