@@ -42,7 +42,7 @@ setup(
       *DEMO,
       *OCR,
       "pytest>=8.0",
-      "pytest-xdist>=3.6",
+      "pytest-xdist>=3.7",
       "ruff>=0.14",
       "jax[tpu]",  # libtpu, the compiler of the estimate; needs no TPU
       f"torch==2.13.0; {TORCH}",

@@ -10,5 +10,5 @@ python=${VENV:-.venv}/bin/python
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m compileall -q deepgen_jax configs tests setup.py
-# A process for each core, a file in one of them; tests/conftest.py sets the platform: eight CPU devices.
-"$python" -m pytest --numprocesses auto --dist loadfile "$@"
+# A process for each core, a file in one of them; tests/conftest.py sets the platform, eight CPU devices, and the files' order.
+"$python" -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

@@ -24,12 +24,35 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 gc.set_threshold(100_000, 50, 100)  # tracing makes objects faster than it drops them: looking for garbage took a tenth
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 
+# The files that take longest, which go first: at the end no process waits for one of them (launch/test.sh).
+LONGEST = (
+  "test_distributed",
+  "test_estimate",
+  "test_parallel",
+  "test_train",
+  "test_heldout",
+  "test_grpo",
+  "test_benchmark",
+  "test_torture",
+  "test_precompute",
+  "test_pipeline",
+  "test_diffusers",
+  "test_convert",
+  "test_grpo_run",
+  "test_rollout",
+)
+
 # Why a test may skip. PyTorch is installed for Python 3.11 alone (setup.py).
 ALLOWED_SKIPS = [r"needs an accelerator"]
 if sys.version_info >= (3, 12):
   ALLOWED_SKIPS.append(r"could not import '(torch|diffusers)'")
 if sys.version_info >= (3, 13):  # rapidocr-onnxruntime isn't made for it
   ALLOWED_SKIPS.append(r"could not import 'rapidocr_onnxruntime'")
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: number for number, name in enumerate(LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.stem, len(place)))
 
 
 def skip_is_allowed(reason):

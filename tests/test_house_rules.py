@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import conftest
+
 ROOT = Path(__file__).parent.parent
 PACKAGE = sorted((ROOT / "deepgen_jax").rglob("*.py"))
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -59,6 +61,10 @@ def test_what_is_public_is_documented():
 
 def test_undocumented_sees_what_lacks_a_docstring():
   assert undocumented(ast.parse("def a(): pass\ndef _b(): pass\ndef c(): 'What it does.'\nclass D: pass")) == ["a", "D"]
+
+
+def test_files_that_go_first_exist():
+  assert {*conftest.LONGEST} <= {path.stem for path in TESTS}
 
 
 def test_nothing_is_left_for_later():

@@ -8,27 +8,32 @@ imported.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import sys
 import time
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 
 def _modules(kind: str, folder: Path, compile: bool):
-  """The network of a case; compile: its forward goes through torch.compile."""
+  """The network of a case; compile: its forward goes through torch.compile. Imports one of two libraries that take seconds."""
   if kind.startswith("vae"):
+    import diffusers
+
     model = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
     parts = [model.encoder, model.decoder]
   elif kind == "vlm_prefill":
+    import transformers
+
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "vlm").model.language_model
     parts = [model]
   else:
+    import diffusers
+
     model = diffusers.SD3Transformer2DModel.from_pretrained(folder / "transformer")
     parts = [model]
   for part in parts if compile else []:
@@ -92,7 +97,8 @@ def _encode(model, x):
 
 def build(kind: str, folder: Path, settings: dict, compile: bool):
   """run() -> {name: tensor}, what `cases.Job.read` gives on our side."""
-  model, x = _modules(kind, folder, compile), load_file(folder / "inputs.safetensors")
+  x = load_file(folder / "inputs.safetensors")
+  model = _modules(kind, folder, compile)
   if kind == "dit_train":
     return _train(model, x, settings["optim"])
   run = {
@@ -119,7 +125,7 @@ def main() -> None:
   torch.set_num_threads(arguments.threads)
   run = build(arguments.kind, arguments.folder, arguments.settings, arguments.compile)
   save_file({name: tensor.float().contiguous() for name, tensor in run().items()}, arguments.output)
-  versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+  versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")}
   print(json.dumps(versions), file=answers)
   for _ in sys.stdin:
     wall, cpu = time.perf_counter(), time.process_time()

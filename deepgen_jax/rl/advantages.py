@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -30,6 +33,11 @@ def advantages(kind, rewards, weights, group_size) -> Array:
     raise UserError(f"advantages: rewards {rewards.shape} and weights {weights.shape} must both be [samples, rewards]")
   if group_size < 1 or len(rewards) % group_size:
     raise UserError(f"advantages: {len(rewards)} samples aren't groups of {group_size}")
+  return _advantages(kind, rewards, weights, group_size)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _advantages(kind: str, rewards: Array, weights: Array, group_size: int) -> Array:
   groups = lambda x: x.reshape(-1, group_size, *x.shape[1:])  # [G, n, ...]
   present, weighted = ~jnp.isnan(rewards), weights != 0
   rewards = jnp.where(present, rewards, 0)

@@ -62,7 +62,7 @@ def test_values_are_read_when_asked_for(tmp_path):
   path = save(tmp_path / "x.pth", {"a": torch.ones(100_000)})
   loaded = torch_file.load(path)
   os.truncate(path, 1000)
-  with pytest.raises(UserError, match="x.pth is damaged"):
+  with pytest.raises(UserError, match=r"x\.pth is damaged"):
     loaded["a"].read()
 
 
