@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as fused
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from deepgen_jax import sharding
 from deepgen_jax.benchmarking import full
@@ -104,7 +104,8 @@ def test_the_backward_pass_keeps_the_kernel_s_result(remat, forward):
 def test_groups_whose_queries_alone_are_split_go_to_xla(kv_heads, tensor, used):
   """JAX refuses to partition the kernel where queries' heads lie otherwise than keys'."""
   sizes = {"data": 1, "fsdp": 1, "tensor": tensor}
-  mesh = SimpleNamespace(abstract_mesh=AbstractMesh(tuple(sizes.values()), tuple(sizes)))  # without devices: a GPU may be alone
+  axes = AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)  # no devices: a GPU may be alone
+  mesh = SimpleNamespace(abstract_mesh=axes)
   shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in draw(64, 64, kv_heads, jnp.bfloat16)]
   attend = sharding.on_mesh(mesh, lambda *args: attention(*args, causal_offset=0, backend="cudnn"))
   assert ("__cudnn$fmha" in lower_for_cuda(attend, shapes)) == used
