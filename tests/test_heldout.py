@@ -53,7 +53,6 @@ def test_pictures_show_what_the_weights_make(judge, pipe, emoji):
   made = generate(pipe, [first.texts[0]])[0]
   difference = np.abs(grids["generate"][:64, 64:128].astype(int) - made)
   assert difference.max() <= 1  # another batch
-  assert generate(pipe, [first.texts[0]] * 2, steps=1).shape == (2, 64, 64, 3)
 
 
 def test_too_few_samples_are_refused(pipe, emoji):
