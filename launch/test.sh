@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash launch/setup.sh test
+export PYTHONDONTWRITEBYTECODE= # images set it: each process would compile all that it imports, 12 s for those of the tests
 python=${VENV:-.venv}/bin/python
 
 "$python" -m ruff check .
