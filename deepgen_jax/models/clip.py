@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from PIL import Image
 
-from deepgen_jax.models.layers import LayerNorm, Linear, attention, embed, merge_heads, parameter, split_heads, stack
+from deepgen_jax.models.layers import LayerNorm, Linear, attention, embed, merge_heads, split_heads, stack
 from deepgen_jax.models.vision import CLIP_MEAN, CLIP_STD
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x), "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
@@ -87,8 +87,8 @@ class TextTower(nn.Module):
   def __call__(self, ids: Array, ends: Array) -> Array:
     """ids int [B,T], T at most max_length; ends int [B], place of each end token, after which nothing counts -> [B,P]."""
     c = self.config
-    tokens = parameter(self, "tokens", _INIT, (c.vocab_size, c.text.hidden_size))
-    positions = parameter(self, "positions", _INIT, (c.max_length, c.text.hidden_size))
+    tokens = self.param("tokens", _INIT, (c.vocab_size, c.text.hidden_size), jnp.float32)
+    positions = self.param("positions", _INIT, (c.max_length, c.text.hidden_size), jnp.float32)
     x = embed(ids, tokens, jnp.float32) + positions[: ids.shape[1]]
     x, _ = stack(CLIPLayer, c.text.num_layers, False)(c.text, causal=True, name="layers")(x)
     x = LayerNorm(c.text.eps, name="norm")(jnp.take_along_axis(x, ends[:, None, None], axis=1)[:, 0])
@@ -106,8 +106,8 @@ class ImageTower(nn.Module):
     c, side = self.config, self.config.image_size // self.config.patch_size
     x = pixels.reshape(-1, side, c.patch_size, side, c.patch_size, 3).swapaxes(2, 3)
     x = Linear(c.vision.hidden_size, use_bias=False, name="patch_embed")(x.reshape(len(pixels), side * side, -1))
-    first = parameter(self, "class_token", _INIT, (c.vision.hidden_size,))
-    positions = parameter(self, "positions", _INIT, (side * side + 1, c.vision.hidden_size))
+    first = self.param("class_token", _INIT, (c.vision.hidden_size,), jnp.float32)
+    positions = self.param("positions", _INIT, (side * side + 1, c.vision.hidden_size), jnp.float32)
     x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, len(first))), x], axis=1) + positions
     x = LayerNorm(c.vision.eps, name="norm_in")(x)
     x, _ = stack(CLIPLayer, c.vision.num_layers, False)(c.vision, causal=False, name="layers")(x)

@@ -117,19 +117,6 @@ def merge_heads(x: Array) -> Array:
   return x.reshape(*x.shape[:-2], -1)
 
 
-def parameter(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]) -> Array:
-  """The module's float32 parameter of this name, made by `init` where there is none. As `module.param`, which for the same
-  comparison of shapes traces `init` at every use: a seventh of what tracing a model took.
-  """
-  if not module.has_variable("params", name):
-    return module.param(name, init, shape, jnp.float32)
-  value = module.get_variable("params", name)
-  found = jax.tree.leaves(value)[0].shape  # of a kernel with LoRA factors its own
-  if found != shape:
-    raise ValueError(f"parameter {'/'.join((*module.path, name))} has shape {found}; these sizes and inputs need {shape}")
-  return value
-
-
 class Linear(nn.Module):
   """Dense layer; parameters `kernel` [in, out] and `bias` [out]."""
 
@@ -140,8 +127,8 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
-    bias = parameter(self, "bias", self.bias_init, (self.features,)) if self.use_bias else None
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+    bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
     return linear(x, kernel, bias)
 
 
@@ -152,7 +139,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    return rms_norm(x, parameter(self, "scale", nn.initializers.ones, (x.shape[-1],)), self.eps)
+    return rms_norm(x, self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32), self.eps)
 
 
 class LayerNorm(nn.Module):
@@ -162,8 +149,8 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-    bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
     return layer_norm(x, scale, bias, self.eps)
 
 

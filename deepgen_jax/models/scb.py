@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from deepgen_jax.models.config import DeepGenConfig, SCBConfig
-from deepgen_jax.models.layers import LayerNorm, Linear, attention, merge_heads, parameter, split_heads, stack
+from deepgen_jax.models.layers import LayerNorm, Linear, attention, merge_heads, split_heads, stack
 from deepgen_jax.sharding import keep_dealt
 
 
@@ -59,7 +59,7 @@ class SCB(nn.Module):
     c, text, dit = self.config.scb, self.config.text, self.config.dit
     zeros = nn.initializers.zeros
     think_init = nn.initializers.normal(1 / math.sqrt(text.hidden_size))
-    self.think_tokens = parameter(self, "think_tokens", think_init, (c.num_think_tokens, text.hidden_size))
+    self.think_tokens = self.param("think_tokens", think_init, (c.num_think_tokens, text.hidden_size), jnp.float32)
     bound = 1 / math.sqrt(len(c.read_layers) * text.hidden_size)
     bias_init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     self.projector = Linear(c.hidden_size, kernel_init=_torch_uniform, bias_init=bias_init)

@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from deepgen_jax.models.config import TextConfig
-from deepgen_jax.models.layers import REMAT, Linear, RMSNorm, attention, embed, merge_heads, parameter, split_heads, stack
+from deepgen_jax.models.layers import REMAT, Linear, RMSNorm, attention, embed, merge_heads, split_heads, stack
 from deepgen_jax.sharding import keep_dealt, splits_parameters
 
 _INIT = nn.initializers.normal(0.02)
@@ -108,7 +108,7 @@ class TextDecoder(nn.Module):
       raise ValueError(f"read_layers {self.read_layers} must be distinct numbers from 1 to {c.num_layers}")
     starts = [0, *ends]
     lengths = [end - start for start, end in zip(starts, [*ends, c.num_layers]) if end > start]
-    self.embedding = parameter(self, "embedding", _INIT, (c.vocab_size, c.hidden_size))
+    self.embedding = self.param("embedding", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
     self.segments = [stack(DecoderLayer, n, self.unroll, remat=self.remat)(c, attention=self.attention) for n in lengths]
     self.norm = RMSNorm(c.rms_eps)
     if not c.tie_word_embeddings:

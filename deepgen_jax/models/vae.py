@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from deepgen_jax.models.config import VAEConfig
-from deepgen_jax.models.layers import Linear, attention, parameter
+from deepgen_jax.models.layers import Linear, attention
 from deepgen_jax.sharding import keep_dealt
 
 LOGVAR_RANGE = (-30.0, 20.0)
@@ -46,8 +46,8 @@ class GroupNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
-    bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
     return group_norm(x, scale, bias, self.groups)
 
 
@@ -62,8 +62,8 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x):
     shape = (self.size, self.size, x.shape[-1], self.features)
-    kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape)
-    bias = parameter(self, "bias", nn.initializers.zeros, (self.features,))
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
     padding = self.padding or (self.size // 2, self.size // 2)
     y = jax.lax.conv_general_dilated(
       x,
