@@ -23,7 +23,7 @@ from deepgen_jax.errors import UserError
 
 def _summary_writer() -> type:
   """tensorboardX's. It would import PyTorch where that is installed, seconds and hundreds of megabytes, to take its tensors."""
-  hide = "torch" not in sys.modules
+  hide = not {"torch", "tensorboardX"} & sys.modules.keys()
   if hide:
     sys.modules["torch"] = None
   try:

@@ -3,10 +3,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from deepgen_jax import cli
+
+ROOT = Path(__file__).parent.parent
 
 # Page faults of a program whose working memory is 256 MB (128 huge pages); the least of several runs.
 _PROGRAM = """
@@ -48,6 +51,15 @@ def test_importing_a_command_starts_no_thread_beside_those_of_jax():
   out = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, check=True).stdout
   threads = dict(line.split() for line in out.splitlines())
   assert len(threads) == 6 and len(set(threads.values())) == 1, threads
+
+
+def test_what_every_training_opens_leaves_pytorch_alone():
+  code = (
+    "import sys; from deepgen_jax import log; from deepgen_jax.data import tokens\n"
+    "log._summary_writer(); tokens.load_tokenizer('deepgen_jax/assets/tiny/tokenizer'); print('torch' in sys.modules)"
+  )
+  out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+  assert out.split() == ["False"]
 
 
 def test_only_a_machine_without_accelerators_keeps_freed_memory(monkeypatch):
