@@ -132,7 +132,7 @@ def alone(batch):
   return run(one_device(), batch)
 
 
-@pytest.mark.parametrize("kind", ["data", "fsdp", "tensor", "data x fsdp x tensor"])
+@pytest.mark.parametrize("kind", MESHES)
 def test_gradients_are_those_of_one_device(kind, alone, batch):
   mesh = sharding.make_mesh(MESHES[kind])
   grads, loss, program = run(mesh, batch)

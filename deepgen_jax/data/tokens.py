@@ -98,7 +98,7 @@ def read_tokenizer(path: str | os.PathLike, kind: str = "AutoTokenizer"):
     raise UserError(f"no tokenizer in {path}: expected a folder with tokenizer.json. Give the tokenizer/ folder of a model.")
   try:
     return getattr(transformers, kind).from_pretrained(str(_local(folder)), local_files_only=True)
-  except (OSError, ValueError, KeyError) as error:
+  except Exception as error:  # a damaged file can fail in any way: tokenizers raises nothing narrower
     raise UserError(f"cannot read the tokenizer in {path}: {error}") from error
 
 

@@ -24,9 +24,12 @@ def test_round_trip_of_any_text_and_of_the_folder(tokenizer, tmp_path):
 def test_a_missing_or_foreign_folder_is_a_user_error(tmp_path):
   with pytest.raises(UserError, match=r"no tokenizer in .*nowhere"):
     tokens.load_tokenizer(tmp_path / "nowhere")
-  (tmp_path / "tokenizer.json").write_text("{")
-  with pytest.raises(UserError, match="cannot read the tokenizer"):
-    tokens.load_tokenizer(tmp_path)
+  for name in ("tokenizer.json", "vocab.json"):  # the second with merges, of an older format
+    (tmp_path / name).mkdir()
+    for file in (name, "merges.txt"):
+      (tmp_path / name / file).write_text("{")
+    with pytest.raises(UserError, match="cannot read the tokenizer"):
+      tokens.load_tokenizer(tmp_path / name)
 
 
 def test_a_tokenizer_without_the_vision_tokens_is_refused():
