@@ -2,7 +2,6 @@
 
 import fcntl
 import gc
-import importlib.metadata
 import os
 import re
 import sys
@@ -10,17 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tests import xla
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Programs are small and many: what compiling them well takes is more than it gives.
-FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # a fifth less to compile; newer compilers don't have it
-  FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-for flag in FLAGS:
+for flag in xla.flags(8).split():
   if flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()
-# Compiled programs are kept: a second run takes a third of the time, and commands that tests start share them.
+# Compiled programs are kept, small ones too: each training compiles hundreds anew, of which tests run many. A second run of
+# all takes a third of the time, and commands that tests start share them.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 gc.set_threshold(100_000, 50, 100)  # tracing makes objects faster than it drops them: looking for garbage took a tenth
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 

@@ -20,15 +20,12 @@ from etils import epath
 from deepgen_jax import checkpoint, distributed, sharding, train
 from deepgen_jax.errors import UserError
 from deepgen_jax.models.config import SIZES
+from tests import xla
 from tests.small import CONFIG, draw_params, save_model
 
 ROOT = Path(__file__).parent.parent
 LIMIT = 240  # seconds for anything below to happen, on a busy machine
-# Compiled fast: what XLA's optimizer adds on a CPU changes nothing that is tested here.
-ENVIRONMENT = os.environ | {
-  "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-  "PYTHONUNBUFFERED": "1",
-}
+ENVIRONMENT = os.environ | {"XLA_FLAGS": xla.FAST, "PYTHONUNBUFFERED": "1"}
 
 
 class Pod:

@@ -27,6 +27,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests import xla
+from tests.small import CONFIG, draw_params, save_model
+
 TOLERANCE = 1e-5  # of a leaf's largest value: sums in another order
 # Attention doesn't depend on it: its gradient is zero but for rounding, which Adam blows up to whole steps. Exact on one mesh.
 ROUNDING = re.compile(r".*/k/bias")
@@ -35,9 +38,10 @@ MISSED = 6  # updates that a run has left after the last moment; half of them un
 MICRO_BATCHES, BATCH = 2, 8  # of an update, samples of one
 MESHES = {"1": (1, 1, 1, 1), "2": (2, 2, 1, 1), "8": (8, 2, 2, 2)}  # devices; data, fsdp, tensor
 CHANGING = [(8, 2, 2, 2), (1, 1, 1, 1), (8, 8, 1, 1), (2, 1, 2, 1), (4, 1, 2, 2), (2, 1, 1, 2)]
-# Compiled fast, kept, and the same in every life.
+# Compiled once, and the same in every life.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
-XLA_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# What each life would import: it is forked from a process that has.
+PRELOAD = ("deepgen_jax.train", "deepgen_jax.stages.supervised", "transformers.models.qwen2.tokenization_qwen2")
 
 
 def _train(argv: list[str], devices: int, log: str) -> None:
@@ -46,11 +50,10 @@ def _train(argv: list[str], devices: int, log: str) -> None:
   output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
   os.dup2(output, 1)
   os.dup2(output, 2)
-  os.environ["XLA_FLAGS"] = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
+  os.environ["XLA_FLAGS"] = xla.flags(devices)
   from deepgen_jax import train
   from deepgen_jax.errors import run_command
   from deepgen_jax.models.config import SIZES
-  from tests.small import CONFIG
 
   SIZES["tiny"] = CONFIG
   sys.argv = ["train", *argv]
@@ -69,7 +72,7 @@ class Torture:
     self.folder, self.steps = folder, steps
     os.environ.update(ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")})
     self._processes = multiprocessing.get_context("forkserver")
-    self._processes.set_forkserver_preload(["deepgen_jax.train", "deepgen_jax.stages.supervised", "tests.small"])
+    self._processes.set_forkserver_preload([*PRELOAD])
     rng = np.random.default_rng(0)
     for name, count in (("one", 24), ("two", 13)):
       (folder / name).mkdir()
@@ -77,10 +80,7 @@ class Torture:
         pixels = rng.integers(0, 255, (8, 8, 3), np.uint8).repeat(8, 0).repeat(8, 1)
         Image.fromarray(pixels).save(folder / name / f"{number}.png")
         (folder / name / f"{number}.txt").write_text(f"picture {number} of {name}")
-    base = self._processes.Process(target=_save_base, args=(str(folder / "base"),))
-    base.start()
-    base.join()
-    assert base.exitcode == 0
+    save_model(folder / "base", draw_params(), ("vlm", "dit", "vae"))
 
   def start(self, workdir: Path, mesh: tuple[int, ...]):
     """Starts or resumes a run -> its process."""
@@ -159,12 +159,6 @@ class Torture:
       print(f"{name}: killed {life + 1} times, last while {kind}, at update {_last_update(workdir)}", flush=True)
     self.finish(workdir, meshes[kills % len(meshes)])
     return workdir, deaths
-
-
-def _save_base(folder: str) -> None:
-  from tests.small import draw_params, save_model
-
-  save_model(folder, draw_params(), ("vlm", "dit", "vae"))
 
 
 def _halves(workdir: Path) -> set[tuple[int, int]]:

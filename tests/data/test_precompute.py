@@ -25,6 +25,7 @@ from deepgen_jax.errors import UserError
 from deepgen_jax.models.config import SIZES
 from deepgen_jax.stages import supervised
 from deepgen_jax.stages.encode import ImageEncoder, encode_batch
+from tests import xla
 from tests.data.formats.pictures import picture
 from tests.small import CONFIG, draw_params, save_model
 
@@ -194,14 +195,13 @@ def test_processes_of_one_run_share_the_work(root, whole, tmp_path):
   with socket.socket() as free:
     free.bind(("localhost", 0))
     place = f"localhost:{free.getsockname()[1]}/2"
-  flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
   command = [sys.executable, "-c", COMMAND, "--config", "configs/align.py:tiny", "--output", str(tmp_path)]
   command += ["--shard_size", "4", *(f"--config.{setting}" for setting in settings(root))]
   command.append(f"--config.data.sources=folder:{root}/cats")
   start = lambda index: subprocess.Popen(
     [*command, f"--config.distributed={place}/{index}"],
     cwd=Path(__file__).parents[2],
-    env=os.environ | {"XLA_FLAGS": flags},
+    env=os.environ | {"XLA_FLAGS": xla.flags(2)},
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
     text=True,
