@@ -39,6 +39,7 @@ if ! cmp --silent setup.py "$stamp"; then
   echo "installing deepgen_jax[$extra] into $venv"
   # Errors only; bytecode is written where a module is first imported, much of it never.
   pip=("$venv/bin/python" -m pip --disable-pip-version-check install --no-compile -qq)
+  "${pip[@]}" --upgrade pip || true # older ones, which Python brings, take twice as long for what follows
   if [[ $extra == test && $(version_of "$venv/bin/python") == 3.11 ]]; then
     "${pip[@]}" torch==2.13.0 # first and alone, so that nothing else decides which build of it
   fi
