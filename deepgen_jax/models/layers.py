@@ -173,6 +173,7 @@ def stack(block: type[nn.Module], length: int, unroll: bool, per_layer: int = 0,
     in_axes=(0,) * per_layer + (nn.broadcast,) * (inputs - per_layer),
     length=length,
     unroll=length if unroll else 1,
+    check_constancy_invariants=False,  # would trace the block once more; nothing here is a constant of the loop's making
   )
 
 
