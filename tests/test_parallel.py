@@ -1,5 +1,6 @@
 """Every kind of parallelism on eight devices gives what one device gives: gradients of stage 2, the sampler, and a rollout with
-its advantages and updates that learn from it. Updates of stage 1: tests/test_distributed.py.
+its advantages and updates that learn from it. Updates of stage 1: tests/test_distributed.py; data alone: there (the run that
+processes go on from) and tests/stages/test_grpo.py.
 """
 
 import dataclasses
@@ -27,7 +28,6 @@ from deepgen_jax.stages.step import init_state, make_optimizer, make_train_step
 from tests import small
 
 MESHES = {
-  "data": {"data": 8},
   "fsdp": {"data": 1, "fsdp": 8},
   "tensor": {"data": 1, "tensor": 8},
   "data x fsdp x tensor": {"data": 2, "fsdp": 2, "tensor": 2},
@@ -136,7 +136,7 @@ def test_gradients_are_those_of_one_device(kind, alone, batch):
   grads, loss, program = run(mesh, batch)
   np.testing.assert_allclose(loss, alone[1], rtol=1e-5)
   same_gradients(grads, alone[0])
-  assert bool(stacked_shapes(mesh)) == (kind != "data")
+  assert stacked_shapes(mesh)
   joined = lambda path, shape: (3, *shape[1:]) if "segments_1" in path else shape  # one loop runs both segments of the VLM
   named = lambda shape: f"f32[{','.join(map(str, shape))}]" in program
   whole = [path for path, shape in stacked_shapes(mesh) if named(shape) or named(joined(path, shape))]
