@@ -164,7 +164,9 @@ class DiT(nn.Module):
     self.time_fc1, self.time_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
     self.pooled_fc1, self.pooled_fc2 = Linear(c.hidden_size), Linear(c.hidden_size)
     self.blocks = [
-      stack(Block, length, self.unroll, remat=self.remat)(c, dual=dual, last=last, attention=self.attention)
+      stack(Block, length, self.unroll, remat=self.remat, initializing=self.is_initializing())(
+        c, dual=dual, last=last, attention=self.attention
+      )
       for length, dual, last in block_runs(c)
     ]
     self.out_modulation = Linear(2 * c.hidden_size)

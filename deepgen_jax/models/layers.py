@@ -154,12 +154,14 @@ class LayerNorm(nn.Module):
     return layer_norm(x, scale, bias, self.eps)
 
 
-def stack(block: type[nn.Module], length: int, unroll: bool, per_layer: int = 0, remat: str = "none") -> type[nn.Module]:
+def stack(
+  block: type[nn.Module], length: int, unroll: bool, per_layer: int = 0, remat: str = "none", initializing: bool = False
+) -> type[nn.Module]:
   """`block` repeated `length` times over parameters stacked on a leading axis; one compiled body unless unrolled.
 
   The block is called as block(carry, *per_layer inputs, *shared inputs) -> (carry, None). Of its inputs the first
   `per_layer` carry a leading layer axis, the others are shared by all layers. remat: what the backward pass finds in memory,
-  a key of REMAT.
+  a key of REMAT. initializing: whether parameters are being drawn, which takes part in what a seed gives.
   """
   inputs = _num_inputs(block)
   if REMAT[remat] is not None:
@@ -173,7 +175,8 @@ def stack(block: type[nn.Module], length: int, unroll: bool, per_layer: int = 0,
     in_axes=(0,) * per_layer + (nn.broadcast,) * (inputs - per_layer),
     length=length,
     unroll=length if unroll else 1,
-    check_constancy_invariants=False,  # would trace the block once more; nothing here is a constant of the loop's making
+    # Flax traces the block once more to look for constants, of which there are none; the draws depend on it alone.
+    check_constancy_invariants=initializing,
   )
 
 

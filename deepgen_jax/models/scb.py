@@ -63,7 +63,8 @@ class SCB(nn.Module):
     bound = 1 / math.sqrt(len(c.read_layers) * text.hidden_size)
     bias_init = lambda key, shape, dtype: jax.random.uniform(key, shape, dtype, -bound, bound)
     self.projector = Linear(c.hidden_size, kernel_init=_torch_uniform, bias_init=bias_init)
-    self.layers = stack(EncoderLayer, c.num_layers, self.unroll, remat=self.remat)(c, attention=self.attention)
+    layers = stack(EncoderLayer, c.num_layers, self.unroll, remat=self.remat, initializing=self.is_initializing())
+    self.layers = layers(c, attention=self.attention)
     self.pooled_head = Linear(dit.pooled_size, kernel_init=zeros)
     self.context_head = Linear(dit.context_size, kernel_init=zeros)
 

@@ -109,7 +109,8 @@ class TextDecoder(nn.Module):
     starts = [0, *ends]
     lengths = [end - start for start, end in zip(starts, [*ends, c.num_layers]) if end > start]
     self.embedding = self.param("embedding", _INIT, (c.vocab_size, c.hidden_size), jnp.float32)
-    self.segments = [stack(DecoderLayer, n, self.unroll, remat=self.remat)(c, attention=self.attention) for n in lengths]
+    segment = lambda n: stack(DecoderLayer, n, self.unroll, remat=self.remat, initializing=self.is_initializing())
+    self.segments = [segment(n)(c, attention=self.attention) for n in lengths]
     self.norm = RMSNorm(c.rms_eps)
     if not c.tie_word_embeddings:
       self.head = Linear(c.vocab_size, use_bias=False, kernel_init=_INIT)

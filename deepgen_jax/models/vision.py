@@ -118,7 +118,7 @@ class VisionTower(nn.Module):
     x = keep_dealt(Linear(c.hidden_size, use_bias=False, name="patch_embed")(patches))
     is_full = np.isin(np.arange(c.num_layers), c.full_attention_layers)
     windows = jnp.broadcast_to(window_segments(grid, c), x.shape[:2])
-    blocks = stack(VisionBlock, c.num_layers, self.unroll, per_layer=1)(c, name="blocks")
+    blocks = stack(VisionBlock, c.num_layers, self.unroll, per_layer=1, initializing=self.is_initializing())(c, name="blocks")
     x, _ = blocks(x, jnp.asarray(is_full), rotary_table(grid, c), windows)
     x = RMSNorm(name="merge_norm")(x)
     cell = c.merge_size**2
