@@ -7,14 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from deepgen_jax import evaluation
+from deepgen_jax import evaluation, heldout
 from deepgen_jax.data.sources import EmojiEdits, EmojiGeneration
 from deepgen_jax.errors import UserError, run_command
-from deepgen_jax.heldout import BATCH, HeldOut, generate
+from deepgen_jax.heldout import HeldOut, generate
 from deepgen_jax.models import lora
 from deepgen_jax.pipeline import DeepGenPipeline
 from deepgen_jax.reporting.results import read_stage
 from tests.small import CONFIG, draw_params, save_model
+
+BATCH = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_batches():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(heldout, "BATCH", BATCH)
+    yield
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def test_the_command_writes_scores_and_samples(emoji, emoji_dir, tmp_path, monke
   params, parts = draw_params(), ("vlm", "dit", "vae")
   start = save_model(tmp_path / "start", params, parts)  # a base: it gets a fresh SCB
   trained = save_model(tmp_path / "trained", params)
-  few = ["--data_dir", emoji_dir, "--captions", 45, "--edits", 25, "--steps", 1, "--guidance", 1]
+  few = ["--data_dir", emoji_dir, "--captions", 25, "--edits", 20, "--steps", 1, "--guidance", 1]
   models = {"trained": trained, "start": start, "again": trained}
   options = [word for name, model in models.items() for word in ("--stage", f"{name}={model}")]
   code, out, err = run(monkeypatch, capsys, *options, "--output", tmp_path / "out", *few)
@@ -81,9 +90,9 @@ def test_the_command_writes_scores_and_samples(emoji, emoji_dir, tmp_path, monke
   stages = [read_stage(name, tmp_path / "out" / name) for name in models]
   assert printed == [stage.scores for stage in stages]
   for stage, scores in zip(stages, printed):
-    assert scores["captions"] == 45 and scores["edits"] == 25
+    assert scores["captions"] == 25 and scores["edits"] == 20
     assert 0 <= scores["generation_r1"] <= scores["generation_r5"] < 0.1  # random weights
-    np.testing.assert_array_equal(stage.samples["true"], emoji.images()[np.flatnonzero(emoji.held_out)[::5]])  # 45 of 225
+    np.testing.assert_array_equal(stage.samples["true"], emoji.images()[np.flatnonzero(emoji.held_out)[::9]])  # 25 of 225
   assert printed[0]["heldout_loss"] != printed[1]["heldout_loss"]
   assert printed[2] == printed[0] | {"stage": "again"}  # whatever was scored in between
   np.testing.assert_array_equal(stages[2].samples["edited"], stages[0].samples["edited"])
