@@ -52,7 +52,7 @@ CONFIG = dataclasses.replace(
   ),
   vae=VAEConfig(block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4),
 )
-# A policy's gradients cancel: they need sums in the order that users' programs have (tests/conftest.py takes another).
+# A policy's gradients cancel: they need sums in the order that users' programs have (tests/xla.py takes another).
 EXACT = {"xla_cpu_use_fusion_emitters": True} if "fusion_emitters" in os.environ["XLA_FLAGS"] else None
 MODEL = DeepGen(CONFIG)
 

@@ -28,7 +28,6 @@ import numpy as np
 from PIL import Image
 
 from tests import xla
-from tests.small import CONFIG, draw_params, save_model
 
 TOLERANCE = 1e-5  # of a leaf's largest value: sums in another order
 # Attention doesn't depend on it: its gradient is zero but for rounding, which Adam blows up to whole steps. Exact on one mesh.
@@ -41,7 +40,7 @@ CHANGING = [(8, 2, 2, 2), (1, 1, 1, 1), (8, 8, 1, 1), (2, 1, 2, 1), (4, 1, 2, 2)
 # Compiled once, and the same in every life.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONUNBUFFERED": "1"}
 # What each life would import: it is forked from a process that has.
-PRELOAD = ("deepgen_jax.train", "deepgen_jax.stages.supervised", "transformers.models.qwen2.tokenization_qwen2")
+PRELOAD = ["deepgen_jax.train", "deepgen_jax.stages.supervised", "tests.small", "transformers.models.qwen2.tokenization_qwen2"]
 
 
 def _train(argv: list[str], devices: int, log: str) -> None:
@@ -54,6 +53,7 @@ def _train(argv: list[str], devices: int, log: str) -> None:
   from deepgen_jax import train
   from deepgen_jax.errors import run_command
   from deepgen_jax.models.config import SIZES
+  from tests.small import CONFIG
 
   SIZES["tiny"] = CONFIG
   sys.argv = ["train", *argv]
@@ -71,8 +71,10 @@ class Torture:
   def __init__(self, folder: Path, steps: int):
     self.folder, self.steps = folder, steps
     os.environ.update(ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")})
+    from tests.small import draw_params, save_model  # and JAX, which reads the environment
+
     self._processes = multiprocessing.get_context("forkserver")
-    self._processes.set_forkserver_preload([*PRELOAD])
+    self._processes.set_forkserver_preload(PRELOAD)
     rng = np.random.default_rng(0)
     for name, count in (("one", 24), ("two", 13)):
       (folder / name).mkdir()
