@@ -161,7 +161,7 @@ def stack(
 
   The block is called as block(carry, *per_layer inputs, *shared inputs) -> (carry, None). Of its inputs the first
   `per_layer` carry a leading layer axis, the others are shared by all layers. remat: what the backward pass finds in memory,
-  a key of REMAT. initializing: whether parameters are being drawn, which takes part in what a seed gives.
+  a key of REMAT. initializing: whether parameters are being drawn.
   """
   inputs = _num_inputs(block)
   if REMAT[remat] is not None:
@@ -175,7 +175,8 @@ def stack(
     in_axes=(0,) * per_layer + (nn.broadcast,) * (inputs - per_layer),
     length=length,
     unroll=length if unroll else 1,
-    # Flax traces the block once more to look for constants, of which there are none; the draws depend on it alone.
+    # Flax traces the block once more to look for constants of the loop, of which there are none. That takes random keys too:
+    # without it a seed draws other numbers.
     check_constancy_invariants=initializing,
   )
 
